@@ -1,0 +1,98 @@
+"""Linear attention for any number of heads and any widths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_plugin.kernels.batched import linear_batched
+from flash_plugin.kernels.layout import Layout, LinearState
+from flash_plugin.kernels.mixed_chunk import counted
+from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.validation import (
+    check_implementation,
+    check_queries_and_keys,
+    check_segments,
+    check_state,
+    check_values,
+)
+
+# Tokens worked on at once: pairs inside a block cost block * (z + e) a token, the state z * e / block.
+_BLOCK = 128
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    normalize: bool = False,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    segments: Segments | None = None,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, LinearState]:
+    """Linear attention (Katharopoulos et al. 2020, equations 9 to 12): ``out_t = sum_s (scale q_t.k_s) v_s`` in O(s).
+
+    Args:
+        q: Queries, ``[b, h, s, z]``, after the feature map.
+        k: Keys, ``[b, h, s, z]``, after the feature map.
+        v: Values, ``[b, h, s, e]``; e may be smaller or larger than z.
+        causal: Whether the sum runs over ``s <= t`` or over the whole document.
+        normalize: Divide by ``sum_s scale q_t.k_s + eps``.
+        scale: Factor of q.k.
+        eps: Keeps the denominator from 0; used with ``normalize`` only.
+        segments: Documents and padding, from :func:`make_segments`; None means one document a row.
+        initial_state: What lies before each row's first document; with ``normalize`` it needs ``key_sum``.
+        return_state: Also return the state of each row's last document. Both are for causal attention only.
+        impl: ``auto``, ``triton`` or ``reference`` (PyTorch, chunked).
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+        RuntimeError: If ``impl`` cannot run here.
+
+    Returns:
+        ``[b, h, s, e]`` in the dtype of ``v``, and a :class:`LinearState` if ``return_state``.
+    """
+    check_implementation(impl)
+    check_queries_and_keys({"q": q, "k": k}, dims=4)
+    check_values("v", v, "q", q)
+    check_segments(segments, q)
+    batch, heads, length, _ = v.shape
+    check_state(initial_state, causal, return_state, (batch, heads, q.shape[-1], v.shape[-1]))
+    sums_keys = normalize or return_state
+    if normalize and initial_state is not None and initial_state.key_sum is None:
+        raise ValueError(
+            "initial_state.key_sum (None) must be given when normalize=True; pass the state that "
+            "linear_attention returned"
+        )
+    segmented = segments is not None and not segments.single
+    layout = Layout.of(segments if segmented else None, length, None, v.device)
+    folded = layout.repeated(heads) if segmented else layout
+    # The denominator is linear attention over values of 1: one more column of v carries it and the sum of keys.
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) if sums_keys else v
+    initial_kv = None
+    if initial_state is not None:
+        initial_kv = initial_state.kv
+        if sums_keys:
+            key_sum = initial_state.key_sum
+            column = torch.zeros_like(initial_kv[..., :1]) if key_sum is None else key_sum[..., None]
+            initial_kv = torch.cat([initial_kv, column.to(initial_kv.dtype)], dim=-1)
+        initial_kv = initial_kv.flatten(0, 1)
+    out, final = linear_batched(
+        (q * scale).flatten(0, 1), k.flatten(0, 1), values.flatten(0, 1), initial_kv, folded,
+        segmented=segmented, causal=causal, block=_BLOCK,
+    )  # fmt: skip
+    out = out.unflatten(0, (batch, heads))
+    if sums_keys:
+        out, denominator = out[..., :-1], out[..., -1:]
+        if normalize:
+            out = out / (denominator + eps)
+    if not return_state:
+        return out
+    assert final is not None
+    final = final.unflatten(0, (batch, heads))
+    return out, LinearState(final[..., :-1], counted(layout, initial_state, batch), final[..., -1])

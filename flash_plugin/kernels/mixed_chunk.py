@@ -1,0 +1,134 @@
+"""FLASH's mixed chunk attention: quadratic inside chunks, linear across them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_plugin.kernels.batched import mixed_chunk_batched
+from flash_plugin.kernels.blocked import Options, blocked_applies, mixed_chunk_blocked
+from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight
+from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.validation import (
+    check_attention,
+    check_bias,
+    check_chunk_size,
+    check_gate,
+    check_queries_and_keys,
+    check_segments,
+    check_state,
+    check_values,
+    state_dtype,
+)
+
+
+def mixed_chunk_attention(
+    q_local: Tensor,
+    k_local: Tensor,
+    q_global: Tensor,
+    k_global: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    segments: Segments | None = None,
+    causal: bool = True,
+    activation: str = "relu2",
+    normalizer: str = "visible",
+    scale: float | Tensor | None = None,
+    dropout: float = 0.0,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    silu: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, LinearState]:
+    """FLASH (paper section 3.1, equations 7 and 8): ``out_t = gate_t * (local_t + global_t)`` in O(s c).
+
+    ``local_t`` is the quadratic form among the tokens of t's chunk; ``global_t = q_global_t . sum k_global^T v`` over
+    the chunks strictly before t's (causal) or over t's whole document, divided as ``normalizer`` says.
+
+    Args:
+        q_local: Queries inside the chunk, ``[b, s, z]``.
+        k_local: Keys inside the chunk, ``[b, s, z]``.
+        q_global: Queries across chunks, ``[b, s, z]``.
+        k_global: Keys across chunks, ``[b, s, z]``.
+        v: Values, ``[b, s, e]``.
+        chunk_size: Tokens of a chunk, c; it need not divide s.
+        gate: Multiplies the result, ``[b, s, e]``.
+        bias: Added to the local scores, ``[2c - 1]``, indexed by ``(t - s) + c - 1``.
+        segments: Documents and padding, from :func:`make_segments`; None means one document a row.
+        causal: Whether tokens see only themselves and what lies before them.
+        activation: ``relu2``, ``laplace``, ``softplus2`` or ``softmax`` (over the visible keys of the chunk).
+        normalizer: ``visible`` divides both parts by the number of keys they sum over; ``paper`` the global part by
+            s; ``chunk`` by c (causal) or s. ``paper`` changes a token's output when text is appended behind it.
+        scale: Factor of the local q.k; by default ``z**-0.5`` for ``visible`` and ``1/c`` for the others.
+        dropout: Probability of zeroing a local attention weight; the caller passes 0 outside training.
+        initial_state: What lies before each row's first document, counted as earlier chunks. Causal only.
+        return_state: Also return the state of each row's last document. Causal only.
+        silu: Apply SiLU to ``v`` and ``gate`` inside the op.
+        impl: ``auto``, ``triton`` or ``reference`` (PyTorch, chunked).
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+        RuntimeError: If ``impl`` cannot run here.
+
+    Returns:
+        ``[b, s, e]`` in the dtype of ``v``, and a :class:`LinearState` if ``return_state``.
+    """
+    check_attention(activation=activation, normalizer=normalizer, dropout=dropout, scale=scale, impl=impl)
+    check_chunk_size(chunk_size)
+    check_queries_and_keys({"q_local": q_local, "k_local": k_local, "q_global": q_global, "k_global": k_global}, dims=3)
+    check_values("v", v, "q_local", q_local)
+    check_gate(gate, v)
+    check_bias(bias, chunk_size, v)
+    check_segments(segments, v)
+    check_state(initial_state, causal, return_state, (v.shape[0], q_global.shape[-1], v.shape[-1]))
+    segmented = segments is not None and not segments.single
+    layout = Layout.of(segments if segmented else None, v.shape[1], chunk_size, v.device)
+    if scale is None:
+        scale = default_scale(normalizer, q_local.shape[-1], chunk_size)
+    factor = global_weight(normalizer, layout, causal, chunk_size, initial_state, state_dtype(v.dtype))
+    initial_kv = None if initial_state is None else initial_state.kv
+
+    final: Tensor | None
+    if blocked_applies(v, segmented, causal, activation, dropout, scale):
+        options = Options(chunk_size, activation, normalizer, float(scale), silu, return_state)
+        out, final = mixed_chunk_blocked(
+            q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, options
+        )
+    else:
+        if silu:
+            v = F.silu(v)
+            gate = None if gate is None else F.silu(gate)
+        out, final = mixed_chunk_batched(
+            q_local,
+            k_local,
+            q_global * factor[..., None].to(v.dtype),
+            k_global,
+            v,
+            bias,
+            initial_kv,
+            layout,
+            segmented=segmented,
+            chunk_size=chunk_size,
+            causal=causal,
+            activation=activation,
+            normalizer=normalizer,
+            scale=scale,
+            dropout=dropout,
+        )
+        out = out if gate is None else out * gate
+    if not return_state:
+        return out
+    assert final is not None
+    return out, LinearState(final, counted(layout, initial_state, v.shape[0]))
+
+
+def counted(layout: Layout, initial: LinearState | None, batch: int) -> Tensor:
+    """Tokens held by the state of each row's last document, ``[b]``."""
+    count = layout.tokens_in_last_document().expand(batch)
+    if initial is not None:
+        count = count + torch.where(layout.in_first_document[:, -1], initial.count, 0)
+    return count

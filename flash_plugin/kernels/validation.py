@@ -1,0 +1,140 @@
+"""Checks that every public op shares: shapes, dtypes, names of choices, and which implementation runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_plugin.kernels.activations import ACTIVATIONS
+from flash_plugin.kernels.layout import NORMALIZERS, LinearState
+from flash_plugin.kernels.segments import Segments
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of ``choices``, listing them."""
+    if value not in choices:
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}; set {name} to one of them")
+
+
+def check_implementation(impl: str) -> None:
+    """Refuse an implementation that is unknown or cannot run here."""
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    if impl == "triton":
+        raise RuntimeError(
+            "impl ('triton') must be available to run, and this version ships no Triton kernels yet; "
+            "set impl='auto' or impl='reference'"
+        )
+
+
+def check_chunk_size(chunk_size: object) -> None:
+    """Refuse a chunk size that is no positive integer."""
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size ({chunk_size!r}) must be a positive integer; set chunk_size=256, for example")
+
+
+def check_attention(
+    *, activation: str, normalizer: str, dropout: float, scale: float | Tensor | None, impl: str
+) -> None:
+    """Refuse unknown choices and values out of range."""
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_implementation(impl)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout ({dropout}) must lie in [0, 1); set dropout=0.0 to switch it off")
+
+
+def check_queries_and_keys(tensors: dict[str, Tensor], dims: int) -> None:
+    """Refuse queries and keys that differ in shape, dtype or device, by name; the first one sets the rule."""
+    (first, reference), *others = tensors.items()
+    if reference.dim() != dims or 0 in reference.shape:
+        axes = "[batch, sequence, dim]" if dims == 3 else "[batch, heads, sequence, dim]"
+        raise ValueError(f"{first} (shape {tuple(reference.shape)}) must be {axes} with no empty axis; reshape it")
+    if not reference.is_floating_point():
+        raise ValueError(f"{first} (dtype {reference.dtype}) must be floating point; cast it first")
+    for name, tensor in others:
+        if tensor.shape != reference.shape:
+            raise ValueError(
+                f"{name} (shape {tuple(tensor.shape)}) must have the shape of {first} "
+                f"{tuple(reference.shape)}; project both to the same size"
+            )
+        _check_same_kind(name, tensor, first, reference)
+
+
+def check_values(name: str, tensor: Tensor, like: str, reference: Tensor) -> None:
+    """Refuse values or a gate whose leading axes, dtype or device differ from ``reference``'s."""
+    if tensor.dim() != reference.dim() or tensor.shape[:-1] != reference.shape[:-1] or tensor.shape[-1] == 0:
+        raise ValueError(
+            f"{name} (shape {tuple(tensor.shape)}) must be {tuple(reference.shape[:-1])} + (width,) like "
+            f"{like}; pass the same tokens"
+        )
+    _check_same_kind(name, tensor, like, reference)
+
+
+def check_gate(gate: Tensor | None, v: Tensor) -> None:
+    """Refuse a gate that is not of the shape and kind of ``v``."""
+    if gate is not None and gate.shape != v.shape:
+        raise ValueError(
+            f"gate (shape {tuple(gate.shape)}) must have the shape of v {tuple(v.shape)}; project both "
+            "to the expanded width"
+        )
+    if gate is not None:
+        _check_same_kind("gate", gate, "v", v)
+
+
+def check_bias(bias: Tensor | None, length: int, reference: Tensor) -> None:
+    """Refuse a bias vector whose length is not 2 * length - 1."""
+    if bias is None:
+        return
+    if bias.shape != (2 * length - 1,):
+        raise ValueError(
+            f"bias (shape {tuple(bias.shape)}) must be a vector over t - s of length 2 * {length} - 1 = "
+            f"{2 * length - 1}; index it by (t - s) + {length - 1}"
+        )
+    if bias.device != reference.device or not bias.is_floating_point():
+        raise ValueError(
+            f"bias (dtype {bias.dtype}, device {bias.device}) must be floating point on "
+            f"{reference.device}; move it there"
+        )
+
+
+def check_segments(segments: Segments | None, reference: Tensor) -> None:
+    """Refuse segments made for other tokens."""
+    tokens = (reference.shape[0], reference.shape[-2])
+    if segments is not None and tuple(segments.shape) not in (tokens, (1, tokens[1])):
+        raise ValueError(
+            f"segments (shape {tuple(segments.shape)}) must describe the [batch, sequence] = {tokens} of "
+            "the queries; make them with make_segments from the same input_pos"
+        )
+
+
+def check_state(state: LinearState | None, causal: bool, return_state: bool, shape: tuple[int, ...]) -> None:
+    """Refuse states of bidirectional attention, and an initial state that does not fit."""
+    if not causal and (state is not None or return_state):
+        name = "initial_state" if state is not None else "return_state"
+        raise ValueError(f"{name} must be left out when causal=False: every token sees all others; set causal=True")
+    if state is None:
+        return
+    if tuple(state.kv.shape) != shape:
+        raise ValueError(
+            f"initial_state.kv (shape {tuple(state.kv.shape)}) must be {shape}; pass a state of the same "
+            "model and batch"
+        )
+    if tuple(state.count.shape) != shape[:1]:
+        raise ValueError(
+            f"initial_state.count (shape {tuple(state.count.shape)}) must be {shape[:1]}; pass one count for each row"
+        )
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums over the sequence are kept in float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_same_kind(name: str, tensor: Tensor, like: str, reference: Tensor) -> None:
+    if tensor.dtype != reference.dtype or tensor.device != reference.device:
+        raise ValueError(
+            f"{name} (dtype {tensor.dtype}, device {tensor.device}) must match {like} ({reference.dtype}, "
+            f"{reference.device}); cast or move one of them"
+        )
