@@ -1,0 +1,1 @@
+"""Components that torchtune instantiates: builders, modules, checkpointer, tokenizers, datasets."""

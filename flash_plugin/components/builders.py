@@ -1,0 +1,239 @@
+"""Builders of whole models: every knob in one place, sizes as data.
+
+Shape legend: ``d`` embed_dim, ``e`` expansion * d, ``z`` qk_dim, ``c`` chunk_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torchtune.modules import TiedLinear
+
+from flash_plugin.components.arguments import config_component
+from flash_plugin.components.decoder import FlashDecoder
+from flash_plugin.components.gau import GatedAttentionUnit
+from flash_plugin.components.initialization import initialize_weights
+from flash_plugin.components.layer import FlashLayer
+from flash_plugin.components.mixers import MixedChunkMixer, QuadraticMixer
+from flash_plugin.components.norms import build_norm
+from flash_plugin.components.positions import RotaryPositions, ScaledSinusoid, build_position_bias
+
+
+@config_component
+def flash(
+    *,
+    vocab_size: int,
+    num_layers: int,
+    embed_dim: int,
+    max_seq_len: int,
+    expansion: float = 2.0,
+    qk_dim: int = 128,
+    chunk_size: int = 256,
+    activation: str = "relu2",
+    normalizer: str = "visible",
+    position_bias: str = "none",
+    rope_dim: int | None = None,
+    rope_base: float = 10000,
+    absolute_position: bool = False,
+    norm: str = "rmsnorm",
+    norm_eps: float = 1e-6,
+    token_shift: bool = False,
+    causal: bool = True,
+    attn_dropout: float = 0.0,
+    proj_bias: bool = False,
+    output_bias: bool = False,
+    final_norm: str | None = None,
+    tie_embeddings: bool = False,
+    impl: str = "auto",
+) -> FlashDecoder:
+    """Build FLASH (paper section 3): gated attention units with mixed chunk attention, linear in the sequence.
+
+    Args:
+        vocab_size: Size of the vocabulary, special tokens included.
+        num_layers: Number of gated attention units; two cost what one Transformer layer does.
+        embed_dim: Width d.
+        max_seq_len: Longest sequence accepted.
+        expansion: e / d.
+        qk_dim: Width z of queries and keys.
+        chunk_size: Tokens c that attend to each other quadratically.
+        activation: ``relu2``, ``laplace``, ``softplus2`` or ``softmax``.
+        normalizer: ``visible``, ``paper`` or ``chunk``; see :func:`flash_plugin.kernels.mixed_chunk_attention`.
+        position_bias: ``none``, ``rope``, ``toeplitz`` or ``t5``, inside chunks.
+        rope_dim: How many of the z features rotate; None rotates all, 0 none.
+        rope_base: Base of the rotary wavelengths.
+        absolute_position: Add sinusoidal embeddings with a learned scale.
+        norm: ``rmsnorm``, ``layernorm`` or ``scalenorm``.
+        norm_eps: Epsilon of the norms.
+        token_shift: Shift half of the features by one token before the projections.
+        causal: Whether tokens see only what lies before them.
+        attn_dropout: Probability of zeroing an attention weight in training.
+        proj_bias: Whether the gated attention units' projections have biases.
+        output_bias: Whether the output projection has a bias.
+        final_norm: Norm before the output projection; None follows ``norm``.
+        tie_embeddings: Use the token embedding as output projection.
+        impl: Implementation of the attention op: ``auto``, ``triton`` or ``reference``.
+
+    Raises:
+        ValueError: If an argument is unknown, out of range, or does not fit the others.
+
+    Returns:
+        The model, with weights drawn from the global random state.
+    """
+
+    def mixer() -> MixedChunkMixer:
+        bias = build_position_bias(
+            position_bias, qk_dim=qk_dim, rope_base=rope_base, max_length=chunk_size, causal=causal
+        )
+        return MixedChunkMixer(
+            chunk_size,
+            position_bias=bias,
+            activation=activation,
+            normalizer=normalizer,
+            causal=causal,
+            dropout=attn_dropout,
+            impl=impl,
+        )
+
+    return _build(
+        mixer, vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, max_seq_len=max_seq_len,
+        expansion=expansion, qk_dim=qk_dim, rope_dim=rope_dim, rope_base=rope_base, absolute_position=absolute_position,
+        norm=norm, norm_eps=norm_eps, token_shift=token_shift, causal=causal, proj_bias=proj_bias,
+        output_bias=output_bias, final_norm=final_norm, tie_embeddings=tie_embeddings,
+    )  # fmt: skip
+
+
+@config_component
+def flash_quad(
+    *,
+    vocab_size: int,
+    num_layers: int,
+    embed_dim: int,
+    max_seq_len: int,
+    expansion: float = 2.0,
+    qk_dim: int = 128,
+    activation: str = "relu2",
+    normalizer: str = "visible",
+    position_bias: str = "none",
+    rope_dim: int | None = None,
+    rope_base: float = 10000,
+    absolute_position: bool = False,
+    norm: str = "rmsnorm",
+    norm_eps: float = 1e-6,
+    token_shift: bool = False,
+    causal: bool = True,
+    attn_dropout: float = 0.0,
+    proj_bias: bool = False,
+    output_bias: bool = False,
+    final_norm: str | None = None,
+    tie_embeddings: bool = False,
+    impl: str = "auto",
+) -> FlashDecoder:
+    """Build FLASH-Quad (paper section 2): gated attention units with quadratic attention over whole documents.
+
+    Arguments, errors and result are those of :func:`flash`, without ``chunk_size``; ``position_bias`` reaches over
+    ``max_seq_len`` tokens.
+    """
+
+    def mixer() -> QuadraticMixer:
+        bias = build_position_bias(
+            position_bias, qk_dim=qk_dim, rope_base=rope_base, max_length=max_seq_len, causal=causal
+        )
+        return QuadraticMixer(
+            position_bias=bias,
+            activation=activation,
+            normalizer=normalizer,
+            causal=causal,
+            dropout=attn_dropout,
+            impl=impl,
+        )
+
+    return _build(
+        mixer, vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, max_seq_len=max_seq_len,
+        expansion=expansion, qk_dim=qk_dim, rope_dim=rope_dim, rope_base=rope_base, absolute_position=absolute_position,
+        norm=norm, norm_eps=norm_eps, token_shift=token_shift, causal=causal, proj_bias=proj_bias,
+        output_bias=output_bias, final_norm=final_norm, tie_embeddings=tie_embeddings,
+    )  # fmt: skip
+
+
+def _build(
+    mixer: Callable[[], MixedChunkMixer | QuadraticMixer],
+    *,
+    vocab_size: int,
+    num_layers: int,
+    embed_dim: int,
+    max_seq_len: int,
+    expansion: float,
+    qk_dim: int,
+    rope_dim: int | None,
+    rope_base: float,
+    absolute_position: bool,
+    norm: str,
+    norm_eps: float,
+    token_shift: bool,
+    causal: bool,
+    proj_bias: bool,
+    output_bias: bool,
+    final_norm: str | None,
+    tie_embeddings: bool,
+) -> FlashDecoder:
+    """What both families share: everything but the mixer."""
+    sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "embed_dim": embed_dim, "max_seq_len": max_seq_len}
+    for name, value in {**sizes, "qk_dim": qk_dim}.items():
+        _check_positive(name, value)
+    if rope_dim is None:
+        rope_dim = qk_dim
+    _check_rope(rope_dim, qk_dim, rope_base)
+    expanded_dim = round(expansion * embed_dim)
+    if expanded_dim < 1:
+        raise ValueError(f"expansion ({expansion}) must be positive; set expansion=2.0")
+    if tie_embeddings and output_bias:
+        raise ValueError("output_bias (True) must be False with tie_embeddings=True; set one of them to False")
+    # One table of angles for all layers.
+    rotary = RotaryPositions(rope_dim, max_seq_len, int(rope_base)) if rope_dim else None
+    layers = [
+        FlashLayer(
+            GatedAttentionUnit(
+                embed_dim=embed_dim,
+                expanded_dim=expanded_dim,
+                qk_dim=qk_dim,
+                mixer=mixer(),
+                rotary=rotary,
+                proj_bias=proj_bias,
+            ),
+            sa_norm=build_norm(norm, embed_dim, norm_eps),
+            token_shift=token_shift,
+        )
+        for _ in range(num_layers)
+    ]
+    tok_embeddings = nn.Embedding(vocab_size, embed_dim)
+    model = FlashDecoder(
+        tok_embeddings=tok_embeddings,
+        layers=layers,
+        max_seq_len=max_seq_len,
+        qk_dim=qk_dim,
+        norm=build_norm(final_norm or norm, embed_dim, norm_eps),
+        output=TiedLinear(tok_embeddings) if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=output_bias),
+        causal=causal,
+        absolute_position=ScaledSinusoid(embed_dim) if absolute_position else None,
+    )
+    initialize_weights(model)
+    return model
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} ({value!r}) must be a positive integer; set model.{name} to one")
+
+
+def _check_rope(rope_dim: int, qk_dim: int, rope_base: float) -> None:
+    if isinstance(rope_dim, bool) or not isinstance(rope_dim, int) or rope_dim < 0 or rope_dim % 2:
+        nearest = max(int(rope_dim) // 2 * 2, 0)
+        raise ValueError(
+            f"rope_dim ({rope_dim!r}) must be an even number of features (qk_dim if not given); "
+            f"set model.rope_dim={nearest}"
+        )
+    if rope_dim > qk_dim:
+        raise ValueError(f"rope_dim ({rope_dim}) must not exceed qk_dim ({qk_dim}); set model.qk_dim={rope_dim}")
+    if rope_base <= 0:
+        raise ValueError(f"rope_base ({rope_base}) must be positive; set model.rope_base=10000")

@@ -1,0 +1,110 @@
+"""What a torchtune attention mask says that documents and padding do not: nothing, or it is refused.
+
+FLASH has no s x s attention matrix to mask. torchtune says the same thing twice, in ``input_pos`` and in ``mask``;
+FLASH layers follow ``input_pos`` and this module makes sure that the mask agrees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_plugin.kernels import Segments
+
+_REMEDY = "FLASH takes documents from input_pos and padding from a [b, s] mask; pass those, or no mask"
+
+
+def padding_of(mask: object, causal: bool) -> Tensor | None:
+    """Return the padding mask ``[b, s]`` that ``mask`` holds, or None where padding does not matter.
+
+    A ``[b, s]`` mask is True at real tokens. For a bidirectional model a ``[b, s, s]`` mask holds padding too: what
+    nobody sees. A causal model is told by ``input_pos``.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask (dtype {mask.dtype}) must be bool, True where attention is allowed; {_REMEDY}")
+    if mask.dim() == 2:
+        return mask
+    return None if causal or mask.dim() != 3 else mask.any(dim=1)
+
+
+def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: bool, has_positions: bool) -> None:
+    """Refuse a mask that documents, padding and causality do not already express.
+
+    Two harmless differences of torchtune's packed batches are accepted: tokens that fill up a pack count as one more
+    document in the mask but not in ``input_pos``, and a document longer than a pack restarts its positions at the
+    pack's length while the mask goes on.
+
+    Args:
+        mask: ``[1 or b, s, s]`` bool, or a flex-attention ``BlockMask``, which stands for the packing that
+            ``input_pos`` describes and is not read.
+        segments: What the model goes by; None means one document a row.
+        tokens: ``[b, s]``.
+        causal: Whether the model is causal.
+        has_positions: Whether ``input_pos`` was given.
+
+    Raises:
+        ValueError: If the mask cannot be honoured.
+    """
+    batch, length = tokens.shape
+    if not isinstance(mask, Tensor):
+        if not has_positions:
+            raise ValueError(f"mask ({type(mask).__name__}) must come with input_pos; {_REMEDY}")
+        return
+    if mask.dim() == 2 and tuple(mask.shape) == (batch, length):
+        return
+    if (
+        mask.dim() != 3
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[1] not in (1, length)
+        or mask.shape[2] != length
+    ):
+        raise ValueError(
+            f"mask (shape {tuple(mask.shape)}) must be [b, s] or [b, s, s] for tokens of shape {(batch, length)}; "
+            f"{_REMEDY}"
+        )
+    if mask.shape[1] == 1:
+        mask = mask.expand(-1, length, -1)
+    index = torch.arange(length, device=mask.device)
+    start = torch.zeros_like(index)[None] if segments is None else segments.start
+    expected = start[:, :, None] == start[:, None, :]
+    if causal:
+        expected = expected & (index <= index[:, None])
+    if segments is not None and segments.real is not None:
+        expected = expected & segments.real[:, None, :]
+    different = mask != expected
+    if segments is not None and segments.real is not None:
+        different = different & segments.real[:, :, None]
+    if causal:
+        ahead = mask & (index > index[:, None])
+        if ahead.any():
+            row, t, s = ahead.nonzero()[0].tolist()
+            raise ValueError(
+                f"mask[{row}, {t}, {s}] (True) must be False in a causal model: token {t} cannot see a later "
+                f"one; {_REMEDY}, or build the model with causal=False"
+            )
+        different = different & ~_filling(mask) & ~_wrapped(segments, length)
+    if different.any():
+        row, t, s = different.nonzero()[0].tolist()
+        raise ValueError(
+            f"mask[{row}, {t}, {s}] ({bool(mask[row, t, s])}) must be {not bool(mask[row, t, s])} to agree with "
+            f"{'input_pos' if has_positions else 'a single document a row (no input_pos was given)'}; {_REMEDY}"
+        )
+
+
+def _filling(mask: Tensor) -> Tensor:
+    """Rows of the mask's last document, if it begins behind the row's start: they cannot change what comes before."""
+    first_seen = mask.long().argmax(dim=-1)
+    last_start = first_seen[:, -1:]
+    index = torch.arange(mask.shape[1], device=mask.device)
+    return ((index >= last_start) & (last_start > 0))[:, :, None]
+
+
+def _wrapped(segments: Segments | None, length: int) -> Tensor:
+    """Tokens behind a restart of positions at the pack's length, ``[b, s, 1]``."""
+    if segments is None:
+        return torch.zeros(1, 1, 1, dtype=torch.bool)
+    before = segments.position.gather(1, (segments.start - 1).clamp(min=0))
+    wrapped = (segments.start > 0) & (before == length - 1) & (segments.position.gather(1, segments.start) == 0)
+    return wrapped[:, :, None]

@@ -1,0 +1,66 @@
+"""The normalisations a FLASH model can use, by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flash_plugin.kernels import rms_norm
+
+NORMS = ("rmsnorm", "layernorm", "scalenorm")
+
+
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` through :func:`flash_plugin.kernels.rms_norm`.
+
+    Args:
+        dim: Width d of the inputs.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., d]``."""
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class ScaleNorm(nn.Module):
+    """``x / max(||x|| / sqrt(d), eps) * g`` with one learned g (Nguyen & Salazar 2019; the paper's section 4).
+
+    Args:
+        dim: Width d of the inputs.
+        eps: Smallest root mean square that is divided by.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        # One element, not a scalar: FSDP cannot shard a parameter without axes.
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., d]`` in float32 (or float64), keeping the dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        root_mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * self.dim**-0.5
+        return (wide / root_mean_square.clamp(min=self.eps)).to(x.dtype) * self.scale
+
+
+def build_norm(name: str, dim: int, eps: float) -> nn.Module:
+    """Build the norm called ``name`` for width ``dim``.
+
+    Raises:
+        ValueError: If the name is unknown or ``eps`` is not positive.
+    """
+    if eps <= 0:
+        raise ValueError(f"norm_eps ({eps}) must be positive; set norm_eps=1e-6")
+    if name == "rmsnorm":
+        return RMSNorm(dim, eps=eps)
+    if name == "layernorm":
+        return nn.LayerNorm(dim, eps=eps)
+    if name == "scalenorm":
+        return ScaleNorm(dim, eps=eps)
+    raise ValueError(f"norm ({name!r}) must be one of {', '.join(NORMS)}; set norm to one of them")
