@@ -32,7 +32,7 @@ def padding_of(mask: object, causal: bool) -> Tensor | None:
 def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: bool, has_positions: bool) -> None:
     """Refuse a mask that documents, padding and causality do not already express.
 
-    Two harmless differences of torchtune's packed batches are accepted: tokens that fill up a pack count as one more
+    Two harmless differences of torchtune's packed batches are accepted: padding that fills up a pack counts as one more
     document in the mask but not in ``input_pos``, and a document longer than a pack restarts its positions at the
     pack's length while the mask goes on.
 
@@ -84,7 +84,7 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
                 f"mask[{row}, {t}, {s}] (True) must be False in a causal model: token {t} cannot see a later "
                 f"one; {_REMEDY}, or build the model with causal=False"
             )
-        different = different & ~_filling(mask) & ~_wrapped(segments, length)
+        different = different & ~_filling(mask, tokens, has_positions) & ~_wrapped(segments, length)
     if different.any():
         row, t, s = different.nonzero()[0].tolist()
         raise ValueError(
@@ -93,12 +93,13 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
         )
 
 
-def _filling(mask: Tensor) -> Tensor:
-    """Rows of the mask's last document, if it begins behind the row's start: they cannot change what comes before."""
-    first_seen = mask.long().argmax(dim=-1)
-    last_start = first_seen[:, -1:]
+def _filling(mask: Tensor, tokens: Tensor, has_positions: bool) -> Tensor:
+    """Rows ``[b, s, 1]`` of the mask's last document, if it is one padding token over and over: nobody reads them."""
+    last_start = mask.long().argmax(dim=-1)[:, -1:]
     index = torch.arange(mask.shape[1], device=mask.device)
-    return ((index >= last_start) & (last_start > 0))[:, :, None]
+    behind = (index >= last_start) & (last_start > 0)
+    constant = ((tokens == tokens[:, -1:]) | ~behind).all(dim=1, keepdim=True)
+    return (behind & constant & has_positions)[:, :, None]
 
 
 def _wrapped(segments: Segments | None, length: int) -> Tensor:
