@@ -43,6 +43,15 @@ ELEMENTWISE: dict[str, Activation] = {
 ACTIVATIONS = (*ELEMENTWISE, "softmax")
 
 
+def gated(mixed: Tensor, gate: Tensor | None, silu: bool) -> Tensor:
+    """``mixed * gate`` (or ``mixed * silu(gate)``), multiplied in float32 and rounded once."""
+    if gate is None:
+        return mixed
+    dtype = torch.float64 if mixed.dtype == torch.float64 else torch.float32
+    opened = F.silu(gate.to(dtype)) if silu else gate.to(dtype)
+    return (mixed.to(dtype) * opened).to(mixed.dtype)
+
+
 def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tensor:
     """Turn scores into attention weights, 0 where a key is not visible.
 

@@ -85,7 +85,7 @@ def mixed_chunk_batched(
     visible = (blocks.chunk[..., None] == _window(blocks.chunk, offsets)[:, :, None]) & key_real
     if causal:
         visible = visible & (keys <= queries)
-    scores = _scores(q1, k1, offsets).to(dtype) * scale
+    scores = _scores(q1.to(dtype), k1.to(dtype), offsets) * scale
     if bias is not None:
         scores = scores + bias.to(dtype)[(queries - keys).clamp(1 - chunk_size, chunk_size - 1) + chunk_size - 1]
     weights = attention_weights(scores, visible, activation)
@@ -99,7 +99,7 @@ def mixed_chunk_batched(
         seen = (blocks.document[..., None] == _window(blocks.document, offsets)[:, :, None]) & key_real
         if causal:
             seen = seen & (keys < blocks.chunk[..., None])
-        weights = weights + _scores(q2, k2, offsets).to(dtype).masked_fill(~seen, 0.0)
+        weights = weights + _scores(q2.to(dtype), k2.to(dtype), offsets).masked_fill(~seen, 0.0)
     out = _weighted(weights.to(v.dtype), values, offsets)
     carried, final = _outside(q2, k2, values, blocks, initial_kv, causal, lag=1 if segmented else 0)
     return (out + carried).flatten(1, 2)[:, :length], final
@@ -121,7 +121,7 @@ def linear_batched(
     Returns:
         ``[b, s, e]`` and, for causal attention, the state ``[b, z, e]`` of each row's last document.
     """
-    length, dtype = v.shape[1], state_dtype(v.dtype)
+    length = v.shape[1]
     blocks = Blocks.of(layout, block, segmented)
     queries, keys, values = (_cut(tensor, block) for tensor in (q, k, v))
     if not causal and not segmented:
@@ -130,8 +130,8 @@ def linear_batched(
     seen = (blocks.document[..., None] == blocks.document[:, :, None]) & blocks.real[:, :, None]
     if causal:
         seen = seen & (blocks.index[:, :, None] <= blocks.index[..., None])
-    weights = _scores(queries, keys, (0,)).to(dtype).masked_fill(~seen, 0.0)
-    out = _weighted(weights.to(v.dtype), values, (0,))
+    weights = _scores(queries, keys, (0,)).masked_fill(~seen, 0.0)
+    out = _weighted(weights, values, (0,))
     carried, final = _outside(queries, keys, values, blocks, initial_kv, causal, lag=0)
     return (out + carried).flatten(1, 2)[:, :length], final
 

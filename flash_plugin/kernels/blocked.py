@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_plugin.kernels.activations import ELEMENTWISE
+from flash_plugin.kernels.activations import ELEMENTWISE, gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.layout import Layout, local_divisor
 
@@ -254,14 +254,14 @@ def _differentiable_backward(
     q_local, k_local, q_global, k_global, v, gate, bias, initial_kv = inputs
     assert q_local is not None and k_local is not None and q_global is not None and k_global is not None
     assert v is not None
-    values, opened = (F.silu(v), None if gate is None else F.silu(gate)) if options.silu else (v, gate)
-    out, state = mixed_chunk_batched(
+    values = F.silu(v) if options.silu else v
+    mixed, state = mixed_chunk_batched(
         q_local, k_local, q_global * factor, k_global, values, bias, initial_kv,
         Layout.of(None, v.shape[1], options.chunk_size, v.device), segmented=False, chunk_size=options.chunk_size,
         causal=True, activation=options.activation, normalizer=options.normalizer, scale=options.scale, dropout=0.0,
     )  # fmt: skip
     assert state is not None
-    out = out if opened is None else out * opened
+    out = gated(mixed, gate, options.silu)
     pairs = [(o, g) for o, g in ((out, grad), (state, grad_state)) if g is not None and o.requires_grad]
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     grads = torch.autograd.grad(

@@ -82,8 +82,8 @@ def reference_mixed_chunk_attention(
     out = _gated(weights, v, gate, silu, extra)
     if not return_state:
         return out
-    values = F.silu(v) if silu else v
-    kv, count = _final_state(k_global.to(dtype), values.to(dtype), layout, initial_state)
+    values = F.silu(v.to(dtype)) if silu else v.to(dtype)
+    kv, count = _final_state(k_global.to(dtype), values, layout, initial_state)
     return out, LinearState(kv, count)
 
 
@@ -168,12 +168,14 @@ def _local_weights(
 
 
 def _gated(weights: Tensor, v: Tensor, gate: Tensor | None, silu: bool, extra: Tensor | None = None) -> Tensor:
-    values = (F.silu(v) if silu else v).to(weights.dtype)
+    values = v.to(weights.dtype)
+    values = F.silu(values) if silu else values
     out = weights @ values
     if extra is not None:
         out = out + extra
     if gate is not None:
-        out = out * (F.silu(gate) if silu else gate).to(out.dtype)
+        opened = gate.to(out.dtype)
+        out = out * (F.silu(opened) if silu else opened)
     return out.to(v.dtype)
 
 

@@ -102,6 +102,6 @@ def global_weight(
         count = (layout.chunk_start if causal else layout.document_end) - layout.document_start
         if initial is not None:
             count = count + layout.in_first_document * initial.count[:, None]
-        return torch.where(count > 0, 1.0 / count.clamp(min=1), 0.0).to(dtype)
+        return torch.where(count > 0, 1.0 / count.clamp(min=1).to(dtype), 0.0)
     divisor = chunk_size if causal and normalizer == "chunk" else length
     return torch.full_like(layout.index, 1, dtype=dtype) / divisor

@@ -11,10 +11,12 @@ from flash_plugin.kernels.mixed_chunk import counted
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
     check_implementation,
+    check_key_sum,
     check_queries_and_keys,
     check_segments,
     check_state,
     check_values,
+    state_dtype,
 )
 
 # Tokens worked on at once: pairs inside a block cost block * (z + e) a token, the state z * e / block.
@@ -46,7 +48,8 @@ def linear_attention(
         scale: Factor of q.k.
         eps: Keeps the denominator from 0; used with ``normalize`` only.
         segments: Documents and padding, from :func:`make_segments`; None means one document a row.
-        initial_state: What lies before each row's first document; with ``normalize`` it needs ``key_sum``.
+        initial_state: What lies before each row's first document; with ``normalize`` or ``return_state`` it needs
+            its ``key_sum``.
         return_state: Also return the state of each row's last document. Both are for causal attention only.
         impl: ``auto``, ``triton`` or ``reference`` (PyTorch, chunked).
 
@@ -64,33 +67,35 @@ def linear_attention(
     batch, heads, length, _ = v.shape
     check_state(initial_state, causal, return_state, (batch, heads, q.shape[-1], v.shape[-1]))
     sums_keys = normalize or return_state
-    if normalize and initial_state is not None and initial_state.key_sum is None:
-        raise ValueError(
-            "initial_state.key_sum (None) must be given when normalize=True; pass the state that "
-            "linear_attention returned"
-        )
+    check_key_sum(initial_state, sums_keys)
     segmented = segments is not None and not segments.single
     layout = Layout.of(segments if segmented else None, length, None, v.device)
-    folded = layout.repeated(heads) if segmented else layout
-    # The denominator is linear attention over values of 1: one more column of v carries it and the sum of keys.
-    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) if sums_keys else v
-    initial_kv = None
-    if initial_state is not None:
-        initial_kv = initial_state.kv
-        if sums_keys:
-            key_sum = initial_state.key_sum
-            column = torch.zeros_like(initial_kv[..., :1]) if key_sum is None else key_sum[..., None]
-            initial_kv = torch.cat([initial_kv, column.to(initial_kv.dtype)], dim=-1)
-        initial_kv = initial_kv.flatten(0, 1)
+    # All of it in float32: the quotient of two rounded sums would lose half precision's few digits.
+    dtype = state_dtype(v.dtype)
+    queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    initial_kv = None if initial_state is None else initial_state.kv.to(dtype)
+    if sums_keys:
+        # The denominator is linear attention over values of 1: one more column of v carries it and the sum of keys.
+        values = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
+        if initial_state is not None and initial_kv is not None:
+            assert initial_state.key_sum is not None
+            initial_kv = torch.cat([initial_kv, initial_state.key_sum.to(dtype)[..., None]], dim=-1)
     out, final = linear_batched(
-        (q * scale).flatten(0, 1), k.flatten(0, 1), values.flatten(0, 1), initial_kv, folded,
-        segmented=segmented, causal=causal, block=_BLOCK,
-    )  # fmt: skip
+        queries.flatten(0, 1),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        None if initial_kv is None else initial_kv.flatten(0, 1),
+        layout.repeated(heads) if segmented else layout,
+        segmented=segmented,
+        causal=causal,
+        block=_BLOCK,
+    )
     out = out.unflatten(0, (batch, heads))
     if sums_keys:
         out, denominator = out[..., :-1], out[..., -1:]
         if normalize:
             out = out / (denominator + eps)
+    out = out.to(v.dtype)
     if not return_state:
         return out
     assert final is not None

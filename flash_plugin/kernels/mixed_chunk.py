@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_plugin.kernels.activations import gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.blocked import Options, blocked_applies, mixed_chunk_blocked
 from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight
@@ -99,15 +100,12 @@ def mixed_chunk_attention(
             q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, options
         )
     else:
-        if silu:
-            v = F.silu(v)
-            gate = None if gate is None else F.silu(gate)
-        out, final = mixed_chunk_batched(
+        mixed, final = mixed_chunk_batched(
             q_local,
             k_local,
             q_global * factor[..., None].to(v.dtype),
             k_global,
-            v,
+            F.silu(v) if silu else v,
             bias,
             initial_kv,
             layout,
@@ -119,7 +117,7 @@ def mixed_chunk_attention(
             scale=scale,
             dropout=dropout,
         )
-        out = out if gate is None else out * gate
+        out = gated(mixed, gate, silu)
     if not return_state:
         return out
     assert final is not None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_plugin.kernels.activations import attention_weights
+from flash_plugin.kernels.activations import attention_weights, gated
 from flash_plugin.kernels.layout import Layout, default_scale, local_divisor
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
@@ -75,14 +75,15 @@ def quadratic_attention(
         scale = default_scale(normalizer, q.shape[-1], length)
     if silu:
         v = F.silu(v)
-        gate = None if gate is None else F.silu(gate)
+    # Scores in float32: their rounding would be magnified by steep activations, and they are few beside the values.
+    wide_q, wide_k = q.to(dtype), k.to(dtype)
     divisor = local_divisor(normalizer, activation, layout, causal, dtype)
 
     panels = []
     for first in range(0, length, _PANEL):
         rows = slice(first, min(first + _PANEL, length))
         end = rows.stop if causal else length
-        scores = (q[:, rows] @ k[:, :end].mT).to(dtype) * scale
+        scores = (wide_q[:, rows] @ wide_k[:, :end].mT) * scale
         queries, keys = layout.index[:, rows, None], layout.index[:, None, :end]
         if bias is not None:
             scores = scores + bias.to(dtype)[queries - keys + length - 1]
@@ -96,4 +97,4 @@ def quadratic_attention(
             weights = weights / divisor[:, rows, None]
         panels.append(F.dropout(weights, dropout).to(v.dtype) @ v[:, :end])
     out = torch.cat(panels, dim=1)
-    return out if gate is None else out * gate
+    return gated(out, gate, silu)

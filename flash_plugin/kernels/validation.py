@@ -100,7 +100,12 @@ def check_bias(bias: Tensor | None, length: int, reference: Tensor) -> None:
 
 
 def check_segments(segments: Segments | None, reference: Tensor) -> None:
-    """Refuse segments made for other tokens."""
+    """Refuse segments made for other tokens, or a mask in their place."""
+    if segments is not None and not isinstance(segments, Segments):
+        raise ValueError(
+            f"segments (a {type(segments).__name__}) must be Segments; make them with "
+            "make_segments(input_pos, padding_mask=...)"
+        )
     tokens = (reference.shape[0], reference.shape[-2])
     if segments is not None and tuple(segments.shape) not in (tokens, (1, tokens[1])):
         raise ValueError(
@@ -124,6 +129,22 @@ def check_state(state: LinearState | None, causal: bool, return_state: bool, sha
     if tuple(state.count.shape) != shape[:1]:
         raise ValueError(
             f"initial_state.count (shape {tuple(state.count.shape)}) must be {shape[:1]}; pass one count for each row"
+        )
+
+
+def check_key_sum(state: LinearState | None, needed: bool) -> None:
+    """Refuse a state of linear attention whose sum of keys is missing where it is needed, or does not fit."""
+    if state is None:
+        return
+    if state.key_sum is None and needed:
+        raise ValueError(
+            "initial_state.key_sum (None) must be given with normalize=True or return_state=True; pass the state that "
+            "linear_attention returned"
+        )
+    if state.key_sum is not None and state.key_sum.shape != state.kv.shape[:-1]:
+        raise ValueError(
+            f"initial_state.key_sum (shape {tuple(state.key_sum.shape)}) must be {tuple(state.kv.shape[:-1])}; pass "
+            "the state that linear_attention returned"
         )
 
 
