@@ -23,8 +23,8 @@ from flash_plugin.kernels.activations import ELEMENTWISE, gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.layout import Layout, local_divisor
 
-# From this many rows on, a chunk is worked on in two panels: the upper one need not see the lower one's keys.
-_SPLIT_FROM = 128
+# A chunk is worked on in at most four panels of at least so many rows: upper ones need not see the keys of lower ones.
+_PANEL = 128
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,32 @@ def _accumulate(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.baddbmm_(a, b)
 
 
+def _cut(tensor: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+    """Whole chunks ``[b * n, c, w]`` and the shorter one behind them, if any, ``[b, r, w]``."""
+    whole = tensor.shape[1] // size * size
+    rest = tensor[:, whole:] if whole < tensor.shape[1] else None
+    return tensor[:, :whole].reshape(-1, size, tensor.shape[-1]), rest
+
+
+def _by_chunk(q: Tensor, k: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+    """``q k^T`` of all whole chunks in one product, ``[b, n, c, c]``, and of the rest, ``[b, r, r]``."""
+    (q_whole, q_rest), (k_whole, k_rest) = _cut(q, size), _cut(k, size)
+    rest = None if q_rest is None or k_rest is None else torch.bmm(q_rest, k_rest.mT)
+    return torch.bmm(q_whole, k_whole.mT).unflatten(0, (q.shape[0], -1)), rest
+
+
+def _each_chunk(whole: Tensor, rest: Tensor | None) -> list[Tensor]:
+    """Views of each chunk's ``[b, c, c]``."""
+    return [*whole.unbind(1), *([] if rest is None else [rest])]
+
+
+def _back_by_chunk(whole: Tensor, rest: Tensor | None, other: Tensor) -> Tensor:
+    """Products of each chunk's ``[c, c]`` with its rows of ``other``, ``[b, s, z]``."""
+    other_whole, other_rest = _cut(other, whole.shape[-1])
+    out = torch.bmm(whole.flatten(0, 1), other_whole).view(other.shape[0], -1, other.shape[-1])
+    return out if rest is None or other_rest is None else torch.cat([out, torch.bmm(rest, other_rest)], dim=1)
+
+
 class _Workspace:
     """Buffers of one chunk: ``weights`` is ``[q_global | A]``, ``values`` is ``[S ; V]``."""
 
@@ -99,6 +125,7 @@ class _Workspace:
         size = min(options.chunk_size, length)
         self.options = options
         self.z = z
+        self.size = size
         self.chunks = [slice(first, min(first + size, length)) for first in range(0, length, size)]
         self.weights = v.new_empty(batch, size, self.z + size)
         self.values = v.new_empty(batch, self.z + size, expanded)
@@ -116,12 +143,11 @@ class _Workspace:
     def state(self) -> Tensor:
         return self.values[:, : self.z]
 
-    def score(self, q: Tensor, k: Tensor, out: Tensor) -> None:
-        m = q.shape[1]
-        _product(q, k.mT, out)
-        out.mul_(self.options.scale)
+    def finish_scores(self, products: Tensor) -> None:
+        """Turn ``q k^T`` into scores, in place."""
+        products.mul_(self.options.scale)
         if self.bias is not None:
-            out.add_(self.bias[:m, :m])
+            products.add_(self.bias[: products.shape[1], : products.shape[1]])
 
     def load(self, q_global: Tensor, factor: Tensor, v: Tensor, scores: Tensor) -> None:
         m = q_global.shape[1]
@@ -146,9 +172,8 @@ class _Workspace:
 
     def panels(self, m: int) -> list[tuple[slice, int]]:
         """Rows, and how many columns of ``weights`` they see."""
-        if m < _SPLIT_FROM:
-            return [(slice(0, m), self.z + m)]
-        return [(slice(0, m // 2), self.z + m // 2), (slice(m // 2, m), self.z + m)]
+        height = max(-(-m // 4), _PANEL)
+        return [(slice(top, min(top + height, m)), self.z + min(top + height, m)) for top in range(0, m, height)]
 
 
 class _MixedChunk(torch.autograd.Function):
@@ -168,17 +193,16 @@ class _MixedChunk(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         work = _Workspace(q_global.shape[-1], v, bias, options)
         factor = factor.to(v.dtype).unsqueeze(-1)
-        batch, length, _ = v.shape
         state = work.state.zero_() if initial_kv is None else work.state.copy_(initial_kv)
-        scores = v.new_empty(batch, length, work.mask.shape[0])
+        scores = _by_chunk(q_local, k_local, work.size)
         states = v.new_empty(len(work.chunks), *state.shape)
         mixed = v.new_empty(v.shape)
         out = mixed if gate is None else v.new_empty(v.shape)
-        for j, rows in enumerate(work.chunks):
+        for j, (rows, x) in enumerate(zip(work.chunks, _each_chunk(*scores), strict=True)):
             m = rows.stop - rows.start
             states[j] = state
-            work.score(q_local[:, rows], k_local[:, rows], scores[:, rows, :m])
-            work.load(q_global[:, rows], factor[:, rows], v[:, rows], scores[:, rows, :m])
+            work.finish_scores(x)
+            work.load(q_global[:, rows], factor[:, rows], v[:, rows], x)
             for top, width in work.panels(m):
                 seen = slice(0 if j or initial_kv is not None else work.z, width)
                 _product(work.weights[:, top, seen], work.values[:, seen], mixed[:, rows][:, top])
@@ -189,13 +213,13 @@ class _MixedChunk(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.save_for_backward(
-            q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, scores, states, mixed
+            q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, *scores, states, mixed
         )
         return out, state.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, factor, scores, states, mixed = ctx.saved_tensors
+        *inputs, factor, whole, rest, states, mixed = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_differentiable_backward(inputs, factor, grad, grad_state, ctx.options), None, None)
         q_local, k_local, q_global, k_global, v, gate, bias, initial_kv = inputs
@@ -203,16 +227,19 @@ class _MixedChunk(torch.autograd.Function):
         z, derivative = work.z, ELEMENTWISE[ctx.options.activation].derivative
         if grad is None:
             grad = torch.zeros_like(v)
-        dq_local, dk_local, dq_global, dk_global, dv = (torch.empty_like(t, memory_format=torch.contiguous_format)
-                                                        for t in inputs[:5])  # fmt: skip
+        dq_global, dk_global, dv = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q_global, k_global, v)
+        )
         dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
         dbias = None if work.bias is None else torch.zeros_like(work.bias)
         # Gradients of ``weights`` and ``values``; the state's part of the latter is carried from chunk to chunk.
         dweights, dvalues = torch.zeros_like(work.weights), torch.empty_like(work.values)
         dstate = dvalues[:, :z].zero_() if grad_state is None else dvalues[:, :z].copy_(grad_state)
+        dwhole, drest = torch.empty_like(whole), None if rest is None else torch.empty_like(rest)
+        scores, dscores = _each_chunk(whole, rest), _each_chunk(dwhole, drest)
         for j, rows in reversed(list(enumerate(work.chunks))):
             m = rows.stop - rows.start
-            x, dmixed = scores[:, rows, :m], grad[:, rows]
+            x, dx, dmixed = scores[j], dscores[j], grad[:, rows]
             if gate is not None and dgate is not None:
                 work.before_activation(dmixed * mixed[:, rows], gate[:, rows], dgate[:, rows])
                 dmixed = dmixed * work.activated(gate[:, rows])
@@ -235,12 +262,12 @@ class _MixedChunk(torch.autograd.Function):
                 seen_from = width
             torch.mul(dweights[:, :m, :z], factor[:, rows], out=dq_global[:, rows])
             work.before_activation(dvalues[:, z : z + m], v[:, rows], dv[:, rows])
-            dx = dweights[:, :m, z : z + m].mul(work.mask[:m, :m]).mul_(derivative(x))
+            torch.mul(dweights[:, :m, z : z + m], work.mask[:m, :m], out=dx).mul_(derivative(x))
             if dbias is not None:
                 dbias[:m, :m] += dx.sum(0)
             dx.mul_(ctx.options.scale)
-            _product(dx, k_local[:, rows], dq_local[:, rows])
-            _product(dx.mT, q_local[:, rows], dk_local[:, rows])
+        dq_local = _back_by_chunk(dwhole, drest, k_local)
+        dk_local = _back_by_chunk(dwhole.mT, None if drest is None else drest.mT, q_local)
         if bias is not None and dbias is not None:
             dbias = torch.zeros_like(bias).index_add_(0, work.distance.flatten(), dbias.flatten().to(bias.dtype))
         dinitial = None if initial_kv is None else dstate.to(initial_kv.dtype)

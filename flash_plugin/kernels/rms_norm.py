@@ -33,17 +33,18 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normalised = x * inverse
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, normalised, inverse)
-        return normalised * weight
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, normalised, inverse = ctx.saved_tensors
+        x, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate torch's own function instead
             out = F.rms_norm(x, weight.shape, weight, ctx.eps)
             return (*torch.autograd.grad(out, (x, weight), grad, create_graph=True, allow_unused=True), None)
-        product = grad * normalised
-        along = (product @ weight).unsqueeze(-1).div_(-x.shape[-1])
-        return torch.addcmul(grad * weight, normalised, along).mul_(inverse), product.flatten(0, -2).sum(0), None
+        # Layer normalisation about a mean of 0 has this backward, but for the mean of the gradient that it takes out.
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
+        )
+        return dx.addcmul_(inverse, (grad @ weight).unsqueeze(-1).div_(x.shape[-1])), dweight, None
