@@ -1,0 +1,101 @@
+"""torchtune's own recipes, started through ``tune``, train, resume and sample FLASH."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model.num_layers=2",
+    "model.embed_dim=64",
+    "model.qk_dim=32",
+    "tokenizer.max_seq_len=128",
+    "dataset.max_tokens=20000",
+    "batch_size=4",
+    "max_steps_per_epoch=6",
+    "lr_scheduler.num_warmup_steps=2",
+]
+
+pytestmark = pytest.mark.slow
+
+
+def tune(*arguments: str, cwd: Path, fails: bool = False) -> str:
+    """Run ``tune run`` in ``cwd``, as a user would; return what it printed."""
+    # The console script of this environment, which pytest may run without having activated it.
+    command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    printed = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, printed[-4000:]
+    return printed
+
+
+def train(cwd: Path, *overrides: str, fails: bool = False) -> str:
+    config = str(ROOT / "configs/flash_debug.yaml")
+    return tune("full_finetune_single_device", "--config", config, *TINY, *overrides, cwd=cwd, fails=fails)
+
+
+def losses(cwd: Path) -> list[float]:
+    """All losses in the logs of ``cwd``, run after run."""
+    logs = sorted(cwd.glob("outputs/flash_debug/logs/log_*.txt"), key=lambda path: path.stat().st_mtime)
+    return [float(loss) for path in logs for loss in re.findall(r" loss:(\S+)", path.read_text())]
+
+
+def test_train_resume_sample_and_plot(tmp_path: Path) -> None:
+    train(tmp_path, "epochs=2")
+    assert (tmp_path / "outputs/flash_debug/epoch_1/model-00001-of-00001.bin").is_file()
+    first = losses(tmp_path)
+    assert len(first) == 12
+    assert first[-1] < first[0]
+
+    resumed = train(tmp_path, "epochs=3", "resume_from_checkpoint=True", "checkpointer.checkpoint_files=null")
+    assert "1|" not in resumed.split("Step")[0] or "2|" in resumed
+    assert (tmp_path / "outputs/flash_debug/epoch_2/model-00001-of-00001.bin").is_file()
+
+    model = [override for override in TINY if override.startswith("model.")]
+    generate = str(ROOT / "configs/generate.yaml")
+    prompt = "import os"
+    printed = tune(
+        "generate", "--config", generate, *model, f"prompt.user={prompt}", "max_new_tokens=20", cwd=tmp_path
+    )
+    assert prompt in printed.split("Model is initialized")[1]
+
+    plot = [sys.executable, str(ROOT / "recipes/plot_loss.py"), "--config", str(ROOT / "configs/plot_loss.yaml")]
+    subprocess.run(plot, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "outputs/flash_debug/loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["enable_activation_checkpointing=True", "gradient_accumulation_steps=2", "dataset.packed=False"],
+        ["dtype=bf16", "loss=torchtune.modules.loss.CEWithChunkedOutputLoss", "model.tie_embeddings=True"],
+        ["optimizer_in_bwd=True", "clip_grad_norm=null", "model.activation=softmax", "model.normalizer=paper"],
+        ["model=flash_plugin.flash_quad_debug", "~model.chunk_size", "model.position_bias=toeplitz"],
+    ],
+    ids=["checkpointed-accumulated-unpacked", "bf16-chunked-tied", "optimizer-in-backward", "quad"],
+)
+def test_the_loss_falls_with_the_options_of_the_recipe(tmp_path: Path, overrides: list[str]) -> None:
+    train(tmp_path, *overrides)
+    found = losses(tmp_path)
+    assert len(found) == 6
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.chunck_size=64"], ["chunck_size (64)", "did you mean chunk_size?"]),
+        (["dataset.max_tokens=200"], ["min_samples", "4"]),
+        (["model.vocab_size=100"], ["token id", "vocab_size"]),
+        (["dataset.source=nowhere/*.txt"], ["nowhere/*.txt"]),
+    ],
+)
+def test_a_wrong_config_stops_with_a_sentence(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    printed = train(tmp_path, *overrides, fails=True)
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("ValueError: ")
+    for word in words:
+        assert word in last
