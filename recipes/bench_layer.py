@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import os
 import platform
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from tqdm import tqdm
 import flash_plugin
 
 QUANTILES = (0.2, 0.5, 0.8)
+# By default glibc hands every block above 32 MiB back to the kernel when it is freed; a long sequence then pays for
+# fresh pages at every step, whatever computes it.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 FIELDS = ["contender", "seq_len", "ms_p20", "ms_p50", "ms_p80", "ratio_p20", "ratio_p50", "ratio_p80", "peak_mib"]
 
 
@@ -87,11 +91,18 @@ def peak_memory(cfg: DictConfig, name: str, seq_len: int) -> float:
     module = contenders(cfg, seq_len)[name]
     x = torch.randn(cfg.batch_size, seq_len, cfg.embed_dim).requires_grad_()
     step(module, x[:, : min(seq_len, 64)].detach().requires_grad_())()  # loads what the first call loads
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if isinstance(module, Projections):
         module.values = None
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    before = _peak_resident_mib()
     step(module, x)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _peak_resident_mib() - before
+
+
+def _peak_resident_mib() -> float:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
 
 
 def measure(cfg: DictConfig, seq_len: int, progress: tqdm) -> list[dict[str, object]]:
@@ -121,6 +132,9 @@ def measure(cfg: DictConfig, seq_len: int, progress: tqdm) -> list[dict[str, obj
 @config.parse
 def main(cfg: DictConfig) -> None:
     """Entry point."""
+    if cfg.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        # glibc reads these when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_num_threads(cfg.num_threads)
     with tqdm(total=len(cfg.seq_lens) * (cfg.warmup + cfg.turns), desc="Timing") as progress:
         rows = [row for seq_len in cfg.seq_lens for row in measure(cfg, seq_len, progress)]
@@ -130,7 +144,8 @@ def main(cfg: DictConfig) -> None:
     with output.open("w", newline="") as file:
         file.write(f"# {date.today()}; {platform.processor() or platform.machine()}, {cfg.num_threads} threads; ")
         file.write(f"Python {platform.python_version()}, {packages}\n# python {' '.join(sys.argv)}\n")
-        file.write(f"# float32, batch {cfg.batch_size}, d {cfg.embed_dim}, chunk {cfg.chunk_size}, {cfg.turns} turns; ")
+        file.write(f"# float32, batch {cfg.batch_size}, d {cfg.embed_dim}, chunk {cfg.chunk_size}, {cfg.turns} turns, ")
+        file.write(f"{'freed memory kept (MALLOC_*)' if cfg.keep_memory else 'default malloc'}; ")
         file.write("forward and backward; ratios are to the projections of the same turn\n")
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -121,8 +121,8 @@ class FlashDecoder(TransformerDecoder):
             position = position[:, None] if length == 1 and position.shape[0] == batch else position[None]
         if position.dim() != 2 or position.shape[0] not in (1, batch) or position.shape[1] != length:
             raise ValueError(
-                f"input_pos (shape {tuple(input_pos.shape)}) must be [b, s] or [s] for tokens of shape {(batch, length)}; "
-                "pass one position for each token"
+                f"input_pos (shape {tuple(input_pos.shape)}) must be [b, s] or [s] for tokens of shape "
+                f"{(batch, length)}; pass one position for each token"
             )
         if position.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(position.min()), int(position.max())

@@ -24,7 +24,7 @@ from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.layout import Layout, local_divisor
 
 # A chunk is worked on in at most four panels of at least so many rows: upper ones need not see the keys of lower ones.
-_PANEL = 128
+_PANEL = 64
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ def test_train_resume_sample_and_plot(tmp_path: Path) -> None:
     model = [override for override in TINY if override.startswith("model.")]
     generate = str(ROOT / "configs/generate.yaml")
     prompt = "import os"
-    printed = tune(
-        "generate", "--config", generate, *model, f"prompt.user={prompt}", "max_new_tokens=20", cwd=tmp_path
-    )
+    printed = tune("generate", "--config", generate, *model, f"prompt.user={prompt}", "max_new_tokens=20", cwd=tmp_path)
     assert prompt in printed.split("Model is initialized")[1]
 
     plot = [sys.executable, str(ROOT / "recipes/plot_loss.py"), "--config", str(ROOT / "configs/plot_loss.yaml")]
