@@ -50,9 +50,9 @@ def test_train_resume_sample_and_plot(tmp_path: Path) -> None:
     assert len(first) == 12
     assert first[-1] < first[0]
 
-    resumed = train(tmp_path, "epochs=3", "resume_from_checkpoint=True", "checkpointer.checkpoint_files=null")
-    assert "1|" not in resumed.split("Step")[0] or "2|" in resumed
-    assert (tmp_path / "outputs/flash_debug/epoch_2/model-00001-of-00001.bin").is_file()
+    # A finished run leaves the recipe state of the epoch before its last, from which a resumed run repeats the last.
+    train(tmp_path, "epochs=2", "resume_from_checkpoint=True", "checkpointer.checkpoint_files=null")
+    assert losses(tmp_path)[12:] == first[6:]
 
     model = [override for override in TINY if override.startswith("model.")]
     generate = str(ROOT / "configs/generate.yaml")
@@ -93,7 +93,8 @@ def test_the_loss_falls_with_the_options_of_the_recipe(tmp_path: Path, overrides
 )
 def test_a_wrong_config_stops_with_a_sentence(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     printed = train(tmp_path, *overrides, fails=True)
-    last = printed.strip().splitlines()[-1]
-    assert last.startswith("ValueError: ")
+    # Behind the traceback may come what is left of a progress bar.
+    sentences = [line for line in printed.splitlines() if line.startswith("ValueError: ")]
+    assert len(sentences) == 1
     for word in words:
-        assert word in last
+        assert word in sentences[0]
