@@ -65,6 +65,10 @@ def test_what_make_train_samples_from_is_what_it_trains() -> None:
     assert sampled.tokenizer._component_ == trained.tokenizer._component_
 
 
+def test_finetuning_learns_from_the_answers_alone() -> None:
+    assert load(CONFIGS[0].parent / "flash_1b_finetune.yaml").dataset.train_on_input is False
+
+
 def test_the_debug_model_has_the_vocabulary_of_its_tokenizer() -> None:
     cfg = load(CONFIGS[0].parent / "flash_debug.yaml")
     assert config.instantiate(cfg.tokenizer).vocab_size == cfg.model.vocab_size

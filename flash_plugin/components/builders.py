@@ -18,6 +18,7 @@ from flash_plugin.components.layer import FlashLayer
 from flash_plugin.components.mixers import MixedChunkMixer, QuadraticMixer
 from flash_plugin.components.norms import build_norm
 from flash_plugin.components.positions import RotaryPositions, ScaledSinusoid, build_position_bias
+from flash_plugin.kernels.validation import check_chunk_size, is_number
 
 
 @config_component
@@ -80,6 +81,7 @@ def flash(
     Returns:
         The model, with weights drawn from the global random state.
     """
+    check_chunk_size(chunk_size)
 
     def mixer() -> MixedChunkMixer:
         bias = build_position_bias(
@@ -184,13 +186,18 @@ def _build(
     if rope_dim is None:
         rope_dim = qk_dim
     _check_rope(rope_dim, qk_dim, rope_base)
+    flags = {"absolute_position": absolute_position, "token_shift": token_shift, "causal": causal}
+    flags |= {"proj_bias": proj_bias, "output_bias": output_bias, "tie_embeddings": tie_embeddings}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} ({flag!r}) must be True or False; set model.{name} to one of them, unquoted")
+    if not is_number(expansion) or not 1 <= expansion * embed_dim < float("inf"):
+        raise ValueError(f"expansion ({expansion!r}) must be a positive number; set model.expansion=2.0")
     expanded_dim = round(expansion * embed_dim)
-    if expanded_dim < 1:
-        raise ValueError(f"expansion ({expansion}) must be positive; set expansion=2.0")
     if tie_embeddings and output_bias:
         raise ValueError("output_bias (True) must be False with tie_embeddings=True; set one of them to False")
     # One table of angles for all layers.
-    rotary = RotaryPositions(rope_dim, max_seq_len, int(rope_base)) if rope_dim else None
+    rotary = RotaryPositions(rope_dim, max_seq_len, rope_base) if rope_dim else None
     layers = [
         FlashLayer(
             GatedAttentionUnit(
@@ -212,7 +219,7 @@ def _build(
         layers=layers,
         max_seq_len=max_seq_len,
         qk_dim=qk_dim,
-        norm=build_norm(final_norm or norm, embed_dim, norm_eps),
+        norm=build_norm(norm if final_norm is None else final_norm, embed_dim, norm_eps),
         output=TiedLinear(tok_embeddings) if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=output_bias),
         causal=causal,
         absolute_position=ScaledSinusoid(embed_dim) if absolute_position else None,
@@ -228,12 +235,12 @@ def _check_positive(name: str, value: object) -> None:
 
 def _check_rope(rope_dim: int, qk_dim: int, rope_base: float) -> None:
     if isinstance(rope_dim, bool) or not isinstance(rope_dim, int) or rope_dim < 0 or rope_dim % 2:
-        nearest = max(int(rope_dim) // 2 * 2, 0)
+        nearest = (rope_dim if isinstance(rope_dim, int) and rope_dim > 0 else qk_dim) // 2 * 2
         raise ValueError(
             f"rope_dim ({rope_dim!r}) must be an even number of features (qk_dim if not given); "
             f"set model.rope_dim={nearest}"
         )
     if rope_dim > qk_dim:
         raise ValueError(f"rope_dim ({rope_dim}) must not exceed qk_dim ({qk_dim}); set model.qk_dim={rope_dim}")
-    if rope_base <= 0:
-        raise ValueError(f"rope_base ({rope_base}) must be positive; set model.rope_base=10000")
+    if not is_number(rope_base) or not rope_base >= 1:
+        raise ValueError(f"rope_base ({rope_base!r}) must be a number of at least 1; set model.rope_base=10000")

@@ -104,13 +104,15 @@ class FlashDecoder(TransformerDecoder):
             segments = None
         else:
             sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
+            if position is not None and padding is not None:
+                position = position.expand_as(tokens)
             segments = make_segments(position, padding_mask=padding).with_chunks(sizes)
         if mask is not None:
-            shape = tuple(getattr(mask, "shape", ()))
+            kind = (input_pos is None, *getattr(mask, "shape", ()))
             # A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.
-            if not self.training or shape not in self._checked_masks:
+            if not self.training or kind not in self._checked_masks:
                 check_mask(mask, segments, tokens, self.causal, has_positions=input_pos is not None)
-                self._checked_masks.add(shape)
+                self._checked_masks.add(kind)
         return segments
 
     def _position(self, tokens: Tensor, input_pos: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
     """Fill every parameter of ``model`` in place.
 
     Linear weights are N(0, 1 / fan_in), those that write into the residual stream divided by sqrt(number of layers);
-    biases are 0, norms 1, embeddings and relative biases N(0, 0.02), OffsetScale as in the paper.
+    biases are 0, norms 1, embeddings, output projection and relative biases N(0, 0.02), OffsetScale as in the paper.
 
     Args:
         model: Any model; parameters on the meta device are left alone.
@@ -36,6 +36,8 @@ def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
                 std = _std(module, name)
                 if id(module) in residual:
                     std *= num_layers**-0.5
+                elif module is getattr(model, "output", None):
+                    std = min(std, _EMBEDDING_STD)  # the first predictions are nearly uniform
                 _fill(module, name, parameter, std, _generator(seed, f"{prefix}.{name}", parameter.device))
 
 

@@ -53,7 +53,8 @@ class FlashLayer(TransformerSelfAttentionLayer):
         mask: object = None,
         input_pos: Tensor | None = None,
         segments: Segments | None = None,
-        **kwargs: object,
+        encoder_input: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
     ) -> Tensor:
         """Transform ``[b, s, d]``.
 
@@ -63,7 +64,8 @@ class FlashLayer(TransformerSelfAttentionLayer):
                 that a mask agrees with them.
             input_pos: Position of each token in its document, ``[b, s]``; used where ``segments`` is not given.
             segments: Documents and padding, worked out once by the model for all layers.
-            **kwargs: What torchtune passes to every kind of layer (``encoder_input``, ``encoder_mask``); not used.
+            encoder_input: Not used; torchtune passes it to every kind of layer.
+            encoder_mask: Not used, likewise.
 
         Returns:
             ``[b, s, d]``.

@@ -25,6 +25,12 @@ def padding_of(mask: object, causal: bool) -> Tensor | None:
     if mask.dtype != torch.bool:
         raise ValueError(f"mask (dtype {mask.dtype}) must be bool, True where attention is allowed; {_REMEDY}")
     if mask.dim() == 2:
+        square = mask.shape[0] == mask.shape[1] > 1 and mask.device.type == "cpu"
+        if square and torch.equal(mask, torch.ones_like(mask).tril()):
+            raise ValueError(
+                f"mask (shape {tuple(mask.shape)}, causal) must not be an attention mask without a batch "
+                f"axis; {_REMEDY}"
+            )
         return mask
     return None if causal or mask.dim() != 3 else mask.any(dim=1)
 
@@ -84,7 +90,7 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
                 f"mask[{row}, {t}, {s}] (True) must be False in a causal model: token {t} cannot see a later "
                 f"one; {_REMEDY}, or build the model with causal=False"
             )
-        different = different & ~_filling(mask, tokens, has_positions) & ~_wrapped(segments, length)
+        different = different & ~_filling(mask, tokens, has_positions) & ~_wrapped(segments, mask)
     if different.any():
         row, t, s = different.nonzero()[0].tolist()
         raise ValueError(
@@ -102,10 +108,11 @@ def _filling(mask: Tensor, tokens: Tensor, has_positions: bool) -> Tensor:
     return (behind & constant & has_positions)[:, :, None]
 
 
-def _wrapped(segments: Segments | None, length: int) -> Tensor:
+def _wrapped(segments: Segments | None, like: Tensor) -> Tensor:
     """Tokens behind a restart of positions at the pack's length, ``[b, s, 1]``."""
     if segments is None:
-        return torch.zeros(1, 1, 1, dtype=torch.bool)
+        return torch.zeros(1, 1, 1, dtype=torch.bool, device=like.device)
+    length = like.shape[-1]
     before = segments.position.gather(1, (segments.start - 1).clamp(min=0))
     wrapped = (segments.start > 0) & (before == length - 1) & (segments.position.gather(1, segments.start) == 0)
     return wrapped[:, :, None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_plugin.kernels import rms_norm
+from flash_plugin.kernels.validation import is_number
 
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 
@@ -55,8 +56,8 @@ def build_norm(name: str, dim: int, eps: float) -> nn.Module:
     Raises:
         ValueError: If the name is unknown or ``eps`` is not positive.
     """
-    if eps <= 0:
-        raise ValueError(f"norm_eps ({eps}) must be positive; set norm_eps=1e-6")
+    if not is_number(eps) or not 0 < eps < 1:
+        raise ValueError(f"norm_eps ({eps!r}) must be a number between 0 and 1; set norm_eps=1.0e-6")
     if name == "rmsnorm":
         return RMSNorm(dim, eps=eps)
     if name == "layernorm":

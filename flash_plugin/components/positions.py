@@ -97,6 +97,8 @@ class RopeBias(nn.Module):
 
     def __init__(self, dim: int, base: float = 10000) -> None:
         super().__init__()
+        if dim % 2:
+            raise ValueError(f"qk_dim ({dim}) must be even for position_bias='rope'; set qk_dim={dim + 1}")
         self.dim = dim
         self.base = base
         self.a = nn.Parameter(torch.zeros(dim))

@@ -75,12 +75,13 @@ def mixed_chunk_batched(
         ``[b, s, e]`` and, for causal attention, the state ``[b, z, e]`` of each row's last document.
     """
     length, dtype = v.shape[1], state_dtype(v.dtype)
-    blocks = Blocks.of(layout, chunk_size, segmented)
+    size = min(chunk_size, length)  # no chunk is longer than the sequence
+    blocks = Blocks.of(layout, size, segmented)
     offsets = ((-1, 0) if causal else (-1, 0, 1)) if segmented else (0,)
-    q1, k1, q2, k2, values = (_cut(tensor, chunk_size) for tensor in (q_local, k_local, q_scaled, k_global, v))
+    q1, k1, q2, k2, values = (_cut(tensor, size) for tensor in (q_local, k_local, q_scaled, k_global, v))
 
     queries = blocks.index[..., None]
-    keys = torch.cat([blocks.index + offset * chunk_size for offset in offsets], dim=-1)[:, :, None]
+    keys = torch.cat([blocks.index + offset * size for offset in offsets], dim=-1)[:, :, None]
     key_real = _window(blocks.real, offsets)[:, :, None]
     visible = (blocks.chunk[..., None] == _window(blocks.chunk, offsets)[:, :, None]) & key_real
     if causal:
@@ -91,7 +92,7 @@ def mixed_chunk_batched(
     weights = attention_weights(scores, visible, activation)
     divisor = local_divisor(normalizer, activation, layout, causal, dtype)
     if divisor is not None:
-        weights = weights / _cut(divisor, chunk_size, fill=1.0)[..., None]
+        weights = weights / _cut(divisor, size, fill=1.0)[..., None]
     weights = F.dropout(weights, dropout)
 
     if segmented:
@@ -122,6 +123,7 @@ def linear_batched(
         ``[b, s, e]`` and, for causal attention, the state ``[b, z, e]`` of each row's last document.
     """
     length = v.shape[1]
+    block = min(block, length)
     blocks = Blocks.of(layout, block, segmented)
     queries, keys, values = (_cut(tensor, block) for tensor in (q, k, v))
     if not causal and not segmented:

@@ -22,6 +22,7 @@ from torch import Tensor
 from flash_plugin.kernels.activations import ELEMENTWISE, gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.layout import Layout, local_divisor
+from flash_plugin.kernels.validation import in_eager_cpu
 
 # A chunk is worked on in at most four panels of at least so many rows: upper ones need not see the keys of lower ones.
 _PANEL = 64
@@ -44,14 +45,12 @@ def blocked_applies(
 ) -> bool:
     """Whether :func:`mixed_chunk_blocked` covers the call; the batched form covers them all."""
     return (
-        v.device.type == "cpu"
-        and v.dtype in (torch.float32, torch.float64)
+        in_eager_cpu(v)
         and causal
         and not segmented
         and activation in ELEMENTWISE
         and dropout == 0.0
         and not isinstance(scale, Tensor)
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -278,6 +277,8 @@ def _differentiable_backward(
     inputs: list[Tensor | None], factor: Tensor, grad: Tensor | None, grad_state: Tensor | None, options: Options
 ) -> list[Tensor | None]:
     """Gradients as a graph, for second derivatives: the batched form, run again and differentiated."""
+    # Views of them: one input may be another, or made from it, and each must get its own part of the gradient alone.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     q_local, k_local, q_global, k_global, v, gate, bias, initial_kv = inputs
     assert q_local is not None and k_local is not None and q_global is not None and k_global is not None
     assert v is not None

@@ -63,7 +63,8 @@ def mixed_chunk_attention(
         causal: Whether tokens see only themselves and what lies before them.
         activation: ``relu2``, ``laplace``, ``softplus2`` or ``softmax`` (over the visible keys of the chunk).
         normalizer: ``visible`` divides both parts by the number of keys they sum over; ``paper`` the global part by
-            s; ``chunk`` by c (causal) or s. ``paper`` changes a token's output when text is appended behind it.
+            s; ``chunk`` by c (causal) or s. ``paper``, and a bidirectional ``chunk``, depend on
+            the tensor's length: with them a token's output changes when text or padding is added.
         scale: Factor of the local q.k; by default ``z**-0.5`` for ``visible`` and ``1/c`` for the others.
         dropout: Probability of zeroing a local attention weight; the caller passes 0 outside training.
         initial_state: What lies before each row's first document, counted as earlier chunks. Causal only.

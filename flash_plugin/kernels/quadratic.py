@@ -51,7 +51,8 @@ def quadratic_attention(
         causal: Whether tokens see only themselves and what lies before them.
         activation: ``relu2``, ``laplace``, ``softplus2`` or ``softmax``.
         normalizer: ``visible`` divides by the number of keys a token sees; ``paper`` and ``chunk`` by nothing.
-        scale: Factor of q.k; by default ``z**-0.5`` for ``visible`` and ``1/s`` for the others.
+        scale: Factor of q.k; by default ``z**-0.5`` for ``visible`` and ``1/s`` for the others, with which a token's
+            output changes when text or padding is added.
         dropout: Probability of zeroing an attention weight; the caller passes 0 outside training.
         silu: Apply SiLU to ``v`` and ``gate`` inside the op.
         impl: ``auto``, ``triton`` or ``reference`` (PyTorch, in panels of rows).

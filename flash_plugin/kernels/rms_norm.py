@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_plugin.kernels.validation import in_eager_cpu
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (Zhang & Sennrich 2019).
@@ -23,8 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         ``[..., d]`` in the dtype of ``x``.
     """
-    plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling()
-    if plain or weight.dtype != x.dtype:
+    if not in_eager_cpu(x) or weight.dtype != x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
 
@@ -41,6 +42,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate torch's own function instead
+            # Views of them: x and weight may be one tensor, or one made from the other.
+            x, weight = x.view_as(x), weight.view_as(weight)
             out = F.rms_norm(x, weight.shape, weight, ctx.eps)
             return (*torch.autograd.grad(out, (x, weight), grad, create_graph=True, allow_unused=True), None)
         # Layer normalisation about a mean of 0 has this backward, but for the mean of the gradient that it takes out.

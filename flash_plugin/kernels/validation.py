@@ -12,6 +12,11 @@ from flash_plugin.kernels.segments import Segments
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
+def is_number(value: object) -> bool:
+    """Whether a value from a config is a number: YAML reads ``1e-6`` as a string."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not one of ``choices``, listing them."""
     if value not in choices:
@@ -41,8 +46,8 @@ def check_attention(
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("normalizer", normalizer, NORMALIZERS)
     check_implementation(impl)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout ({dropout}) must lie in [0, 1); set dropout=0.0 to switch it off")
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout ({dropout!r}) must lie in [0, 1); set dropout=0.0 to switch it off")
 
 
 def check_queries_and_keys(tensors: dict[str, Tensor], dims: int) -> None:
@@ -151,6 +156,16 @@ def check_key_sum(state: LinearState | None, needed: bool) -> None:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over the sequence are kept in float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_eager_cpu(tensor: Tensor) -> bool:
+    """Whether a hand-written CPU backward may serve: eager float32 or float64, outside function transforms."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check_same_kind(name: str, tensor: Tensor, like: str, reference: Tensor) -> None:

@@ -169,14 +169,16 @@ BLOCKS = torch.block_diag(torch.ones(5, 5).tril(), torch.ones(7, 7).tril()).bool
         (causal_mask(12).float(), None, ["dtype torch.float32", "bool"]),
         (causal_mask(9), None, ["shape (1, 9, 9)", "(1, 12)"]),
         (object(), None, ["mask (object)", "input_pos"]),
+        (causal_mask(12)[0], None, ["mask (shape (12, 12), causal)", "batch axis"]),
     ],
 )
 def test_a_mask_that_cannot_be_honoured_is_refused(
     mask: object, input_pos: Tensor | None, words: list[str], training: bool
 ) -> None:
     built = model().train(training)
+    rows = 12 if isinstance(mask, Tensor) and mask.dim() == 2 else 1
     with pytest.raises(ValueError) as caught:
-        built(torch.randint(VOCABULARY, (1, 12)), mask=mask, input_pos=input_pos)
+        built(torch.randint(VOCABULARY, (rows, 12)), mask=mask, input_pos=input_pos)
     for word in words:
         assert word in str(caught.value)
 
@@ -197,6 +199,13 @@ def test_bad_inputs_get_a_sentence(tokens: Tensor, input_pos: Tensor | None, wor
         model()(tokens, input_pos=input_pos)
     for word in words:
         assert word in str(caught.value)
+
+
+@torch.no_grad()
+def test_positions_of_one_row_serve_a_batch_with_padding() -> None:
+    built, tokens = model(), torch.randint(VOCABULARY, (2, 16))
+    mask = torch.arange(16) < torch.tensor([[16], [9]])
+    assert_close(built(tokens, mask=mask, input_pos=torch.arange(16))[mask], built(tokens, mask=mask)[mask], "law_fp32")
 
 
 @pytest.mark.parametrize("shape", ["[s]", "[1, s]", "[b, s]"])
