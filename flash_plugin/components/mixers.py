@@ -38,7 +38,7 @@ class _Mixer(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_attention(activation=activation, normalizer=normalizer, dropout=dropout, scale=None, impl=impl)
+        check_attention(activation=activation, normalizer=normalizer, dropout=dropout, impl=impl)
         self.position_bias = position_bias
         self.activation = activation
         self.normalizer = normalizer

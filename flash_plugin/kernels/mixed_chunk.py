@@ -79,7 +79,7 @@ def mixed_chunk_attention(
     Returns:
         ``[b, s, e]`` in the dtype of ``v``, and a :class:`LinearState` if ``return_state``.
     """
-    check_attention(activation=activation, normalizer=normalizer, dropout=dropout, scale=scale, impl=impl)
+    check_attention(activation=activation, normalizer=normalizer, dropout=dropout, impl=impl)
     check_chunk_size(chunk_size)
     check_queries_and_keys({"q_local": q_local, "k_local": k_local, "q_global": q_global, "k_global": k_global}, dims=3)
     check_values("v", v, "q_local", q_local)

@@ -64,7 +64,7 @@ def quadratic_attention(
     Returns:
         ``[b, s, e]`` in the dtype of ``v``.
     """
-    check_attention(activation=activation, normalizer=normalizer, dropout=dropout, scale=scale, impl=impl)
+    check_attention(activation=activation, normalizer=normalizer, dropout=dropout, impl=impl)
     check_queries_and_keys({"q": q, "k": k}, dims=3)
     check_values("v", v, "q", q)
     check_gate(gate, v)

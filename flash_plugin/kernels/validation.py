@@ -39,9 +39,7 @@ def check_chunk_size(chunk_size: object) -> None:
         raise ValueError(f"chunk_size ({chunk_size!r}) must be a positive integer; set chunk_size=256, for example")
 
 
-def check_attention(
-    *, activation: str, normalizer: str, dropout: float, scale: float | Tensor | None, impl: str
-) -> None:
+def check_attention(*, activation: str, normalizer: str, dropout: float, impl: str) -> None:
     """Refuse unknown choices and values out of range."""
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("normalizer", normalizer, NORMALIZERS)
