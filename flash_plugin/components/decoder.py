@@ -54,6 +54,7 @@ class FlashDecoder(TransformerDecoder):
         self.causal = causal
         self.absolute_position = absolute_position
         self._checked_masks: set[tuple[int, ...]] = set()
+        self._chunk_sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
 
     def forward(
         self,
@@ -103,10 +104,9 @@ class FlashDecoder(TransformerDecoder):
         if position is None and padding is None:
             segments = None
         else:
-            sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
             if position is not None and padding is not None:
                 position = position.expand_as(tokens)
-            segments = make_segments(position, padding_mask=padding).with_chunks(sizes)
+            segments = make_segments(position, padding_mask=padding).with_chunks(self._chunk_sizes)
         if mask is not None:
             kind = (input_pos is None, *getattr(mask, "shape", ()))
             # A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_plugin.kernels import rms_norm
+from flash_plugin.kernels.layout import state_dtype
 from flash_plugin.kernels.validation import is_number
 
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
@@ -45,7 +46,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., d]`` in float32 (or float64), keeping the dtype."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = x.to(state_dtype(x.dtype))
         root_mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * self.dim**-0.5
         return (wide / root_mean_square.clamp(min=self.eps)).to(x.dtype) * self.scale
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import RotaryPositionalEmbeddings
 
+from flash_plugin.kernels.layout import state_dtype
+
 POSITION_BIASES = ("none", "rope", "toeplitz", "t5")
 
 
@@ -33,7 +35,7 @@ class RotaryPositions(RotaryPositionalEmbeddings):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """Rotate ``[b, s, z]`` by :meth:`angles`, computed in float32 (or float64)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = state_dtype(x.dtype)
         pairs = x[..., : self.dim].to(dtype).unflatten(-1, (-1, 2))
         angles = angles.to(dtype)
         if torch.compiler.is_compiling():

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_plugin.kernels.layout import state_dtype
+
 _LAPLACE_MEAN = math.sqrt(0.5)
 _LAPLACE_DEVIATION = math.sqrt(0.25 / math.pi)
 
@@ -47,7 +49,7 @@ def gated(mixed: Tensor, gate: Tensor | None, silu: bool) -> Tensor:
     """``mixed * gate`` (or ``mixed * silu(gate)``), multiplied in float32 and rounded once."""
     if gate is None:
         return mixed
-    dtype = torch.float64 if mixed.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(mixed.dtype)
     opened = F.silu(gate.to(dtype)) if silu else gate.to(dtype)
     return (mixed.to(dtype) * opened).to(mixed.dtype)
 

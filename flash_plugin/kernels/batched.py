@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.activations import attention_weights
-from flash_plugin.kernels.layout import Layout, local_divisor
-from flash_plugin.kernels.validation import state_dtype
+from flash_plugin.kernels.layout import Layout, local_divisor, state_dtype
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.activations import attention_weights
-from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight, local_divisor
+from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight, local_divisor, state_dtype
 from flash_plugin.kernels.segments import Segments
-from flash_plugin.kernels.validation import state_dtype
 
 
 def reference_quadratic_attention(

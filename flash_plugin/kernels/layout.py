@@ -80,6 +80,11 @@ class Layout:
         return (self.document_end - self.document_start)[:, -1].clamp(min=0)
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums over the sequence are kept in float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def default_scale(normalizer: str, qk_dim: int, length: int) -> float:
     """The factor of q.k when the caller gives none: z**-0.5 for ``visible``, 1/L for the others."""
     return qk_dim**-0.5 if normalizer == "visible" else 1.0 / length

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flash_plugin.kernels.batched import linear_batched
-from flash_plugin.kernels.layout import Layout, LinearState
+from flash_plugin.kernels.layout import Layout, LinearState, state_dtype
 from flash_plugin.kernels.mixed_chunk import counted
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
@@ -16,7 +16,6 @@ from flash_plugin.kernels.validation import (
     check_segments,
     check_state,
     check_values,
-    state_dtype,
 )
 
 # Tokens worked on at once: pairs inside a block cost block * (z + e) a token, the state z * e / block.

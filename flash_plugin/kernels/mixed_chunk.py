@@ -9,7 +9,7 @@ from torch import Tensor
 from flash_plugin.kernels.activations import gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.blocked import Options, blocked_applies, mixed_chunk_blocked
-from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight
+from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight, state_dtype
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
     check_attention,
@@ -20,7 +20,6 @@ from flash_plugin.kernels.validation import (
     check_segments,
     check_state,
     check_values,
-    state_dtype,
 )
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.activations import attention_weights, gated
-from flash_plugin.kernels.layout import Layout, default_scale, local_divisor
+from flash_plugin.kernels.layout import Layout, default_scale, local_divisor, state_dtype
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
     check_attention,
@@ -16,7 +16,6 @@ from flash_plugin.kernels.validation import (
     check_queries_and_keys,
     check_segments,
     check_values,
-    state_dtype,
 )
 
 # Rows of the score matrix worked on at once: a causal panel then never computes most of what it would mask.

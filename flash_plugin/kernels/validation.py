@@ -151,11 +151,6 @@ def check_key_sum(state: LinearState | None, needed: bool) -> None:
         )
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums over the sequence are kept in float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def in_eager_cpu(tensor: Tensor) -> bool:
     """Whether a hand-written CPU backward may serve: eager float32 or float64, outside function transforms."""
     return (
