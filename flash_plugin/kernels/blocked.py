@@ -251,15 +251,20 @@ class _MixedChunk(torch.autograd.Function):
             else:
                 _product(work.values[:, z : z + m], dstate.mT, dk_global[:, rows])
                 _product(k_global[:, rows], dstate, dvalues[:, z : z + m])
+            # The first chunk has no state behind it unless one was given.
+            seen_from = 0 if j or initial_kv is not None else z
             for top, width in work.panels(m):
-                _product(dmixed[:, top], work.values[:, :width].mT, dweights[:, top, :width])
-            seen_from = 0
+                seen = slice(seen_from, width)
+                _product(dmixed[:, top], work.values[:, seen].mT, dweights[:, top, seen])
             for top, width in work.panels(m):
                 # Columns up to ``width`` that the panels above do not reach are seen from this panel's rows on.
                 weights = work.weights[:, top.start : m, seen_from:width]
                 _accumulate(weights.mT, dmixed[:, top.start :], dvalues[:, seen_from:width])
                 seen_from = width
-            torch.mul(dweights[:, :m, :z], factor[:, rows], out=dq_global[:, rows])
+            if j or initial_kv is not None:
+                torch.mul(dweights[:, :m, :z], factor[:, rows], out=dq_global[:, rows])
+            else:
+                dq_global[:, rows] = 0
             work.before_activation(dvalues[:, z : z + m], v[:, rows], dv[:, rows])
             torch.mul(dweights[:, :m, z : z + m], work.mask[:m, :m], out=dx).mul_(derivative(x))
             if dbias is not None:
