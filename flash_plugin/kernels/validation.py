@@ -8,6 +8,7 @@ from torch import Tensor
 from flash_plugin.kernels.activations import ACTIVATIONS
 from flash_plugin.kernels.layout import NORMALIZERS, LinearState
 from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.triton.availability import why_unavailable
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
@@ -24,13 +25,51 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_implementation(impl: str) -> None:
-    """Refuse an implementation that is unknown or cannot run here."""
+    """Refuse an implementation that is unknown; whether it can run is known when it runs (:func:`use_triton`)."""
     check_choice("impl", impl, IMPLEMENTATIONS)
-    if impl == "triton":
-        raise RuntimeError(
-            "impl ('triton') must be available to run, and this version ships no Triton kernels yet; "
-            "set impl='auto' or impl='reference'"
+
+
+def use_triton(impl: str, tensor: Tensor, unsupported: str | None = None) -> bool:
+    """Whether a call runs Triton kernels: if asked for, or if ``impl`` is ``auto`` and they can on this CUDA device.
+
+    Args:
+        impl: ``auto``, ``triton`` or ``reference``.
+        tensor: Any input of the call; its device decides.
+        unsupported: What of the call the kernels lack, such as ``activation='softmax'``; None if nothing.
+
+    Raises:
+        ValueError: If Triton was asked for and the kernels lack something.
+        RuntimeError: If Triton was asked for and cannot run on the tensor's device.
+    """
+    check_implementation(impl)
+    if impl == "reference" or (impl == "auto" and (unsupported is not None or tensor.device.type != "cuda")):
+        return False
+    if unsupported is not None:
+        raise ValueError(
+            f"impl ('triton') must be 'auto' or 'reference' with {unsupported}, which the Triton kernels lack; "
+            "set impl='auto'"
         )
+    reason = why_unavailable(tensor.device)
+    if reason is not None and impl == "triton":
+        raise RuntimeError(
+            f"impl ('triton') must be able to run on {tensor.device}, and cannot: {reason}; set impl='auto' or "
+            "impl='reference'"
+        )
+    return reason is None
+
+
+def not_in_triton(activation: str, dropout: float, dtype: torch.dtype) -> str | None:
+    """What of a call the Triton kernels of attention lack, for :func:`use_triton`; None if nothing."""
+    if activation == "softmax":
+        return "activation='softmax'"
+    if dropout > 0.0:
+        return f"dropout={dropout}"
+    return dtype_not_in_triton(dtype)
+
+
+def dtype_not_in_triton(dtype: torch.dtype) -> str | None:
+    """The dtype, if the Triton kernels lack it."""
+    return None if dtype in (torch.bfloat16, torch.float16, torch.float32) else f"dtype {dtype}"
 
 
 def check_chunk_size(chunk_size: object) -> None:

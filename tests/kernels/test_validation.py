@@ -76,8 +76,9 @@ def test_unknown_implementation_lists_the_valid_ones(call):
 
 
 @pytest.mark.parametrize("call", [quadratic, mixed, linear])
-def test_triton_that_cannot_run_says_so_and_does_not_fall_back(call):
-    refused(call, "triton", error=RuntimeError, impl="triton")
+def test_triton_that_cannot_run_says_so_and_does_not_fall_back(call, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(call, "triton", "cpu", "TRITON_INTERPRET", error=RuntimeError, impl="triton")
 
 
 @pytest.mark.parametrize("value", [0, -256, 2.5, 16.0, "16", None, True], ids=repr)
