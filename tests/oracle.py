@@ -1,9 +1,9 @@
-"""The three ops, written a second time from the formulas alone: dense, float64, one row of the batch at a time.
+"""The ops, written a second time from the formulas alone: dense, float64, one row of the batch at a time.
 
 Nothing here is shared with ``flash_plugin``: documents and chunks are found token by token in Python, who sees whom is
 an explicit s x s mask, and every sum is one matrix product with it. Slow on purpose; differentiable through autograd.
 
-Shapes: b batch, s sequence, z query/key width, e value width, c chunk size, h heads.
+Shapes: b batch, s sequence, z query/key width, e value width, c chunk size, h heads, d width, n projections.
 """
 
 from __future__ import annotations
@@ -225,3 +225,49 @@ def linear(
         counts.append(count)
         key_sums.append(key_sum)
     return torch.stack(rows), State(torch.stack(sums), torch.stack(counts), torch.stack(key_sums))
+
+
+def offset_scale(
+    base: Tensor, gamma: Tensor, beta: Tensor, *, angles: Tensor | None = None, silu: bool = False
+) -> list[Tensor]:
+    """Each of the n projections, its pairs of features turned by the angle whose cosine and sine are given."""
+    x = base.double()
+    x = x * torch.sigmoid(x) if silu else x
+    projections = []
+    for factor, offset in zip(gamma.double(), beta.double(), strict=True):
+        columns = list((x * factor + offset).unbind(-1))
+        for j in range(0 if angles is None else angles.shape[-2]):
+            cosine, sine = angles[..., j, :].double().unbind(-1)
+            first, second = columns[2 * j : 2 * j + 2]
+            columns[2 * j : 2 * j + 2] = [first * cosine - second * sine, first * sine + second * cosine]
+        projections.append(torch.stack(columns, dim=-1))
+    return projections
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    scale_norm: bool = False,
+    token_shift: bool = False,
+    input_pos: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """RMS norm or ScaleNorm of [b, s, d], then the shift of the first half of the features by one token."""
+    x, weight = x.double(), weight.double()
+    square = (x**2).mean(dim=-1, keepdim=True)
+    size = torch.clamp(square**0.5, min=eps) if scale_norm else (square + eps) ** 0.5
+    normalised = x / size * weight
+    if not token_shift:
+        return normalised
+    b, s, d = x.shape
+    half = (d + 1) // 2
+    documents, _ = place_tokens(b, s, 1, input_pos, padding_mask)
+    rows = []
+    for row in range(b):
+        for t in range(s):
+            same = t > 0 and bool(documents[row, t - 1] == documents[row, t])
+            moved = normalised[row, t - 1, :half] if same else torch.zeros(half, dtype=torch.float64)
+            rows.append(torch.cat([moved, normalised[row, t, half:]]))
+    return torch.stack(rows).view(b, s, d)

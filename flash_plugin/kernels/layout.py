@@ -110,3 +110,11 @@ def global_weight(
         return torch.where(count > 0, 1.0 / count.clamp(min=1).to(dtype), 0.0)
     divisor = chunk_size if causal and normalizer == "chunk" else length
     return torch.full_like(layout.index, 1, dtype=dtype) / divisor
+
+
+def counted(layout: Layout, initial: LinearState | None, batch: int) -> Tensor:
+    """Tokens held by the state of each row's last document, ``[b]``."""
+    count = layout.tokens_in_last_document().expand(batch)
+    if initial is not None:
+        count = count + torch.where(layout.in_first_document[:, -1], initial.count, 0)
+    return count

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.batched import linear_batched
-from flash_plugin.kernels.layout import Layout, LinearState, state_dtype
-from flash_plugin.kernels.mixed_chunk import counted
+from flash_plugin.kernels.layout import Layout, LinearState, counted, state_dtype
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
     check_implementation,
@@ -16,12 +16,17 @@ from flash_plugin.kernels.validation import (
     check_segments,
     check_state,
     check_values,
+    dtype_not_in_triton,
+    use_triton,
 )
 
 # Tokens worked on at once: pairs inside a block cost block * (z + e) a token, the state z * e / block.
 _BLOCK = 128
+# CUDA's limit for the second axis of a grid, on which the Triton kernels put the batch.
+_MOST_ROWS = 65535
 
 
+@like_matrix_products
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -69,6 +74,25 @@ def linear_attention(
     check_key_sum(initial_state, sums_keys)
     segmented = segments is not None and not segments.single
     layout = Layout.of(segments if segmented else None, length, None, v.device)
+    if use_triton(impl, v, _not_in_triton(v)):
+        from flash_plugin.kernels.triton.calls import call_linear
+
+        out, kv, key_sum = call_linear(
+            q,
+            k,
+            v,
+            layout=layout,
+            segmented=segmented,
+            causal=causal,
+            normalize=normalize,
+            scale=scale,
+            eps=eps,
+            initial=initial_state,
+            final=return_state,
+        )
+        if kv is None:
+            return out
+        return out, LinearState(kv, counted(layout, initial_state, batch), key_sum)
     # All of it in float32: the quotient of two rounded sums would lose half precision's few digits.
     dtype = state_dtype(v.dtype)
     queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
@@ -100,3 +124,9 @@ def linear_attention(
     assert final is not None
     final = final.unflatten(0, (batch, heads))
     return out, LinearState(final[..., :-1], counted(layout, initial_state, batch), final[..., -1])
+
+
+def _not_in_triton(v: Tensor) -> str | None:
+    if v.shape[0] * v.shape[1] > _MOST_ROWS:
+        return f"batch times heads = {v.shape[0] * v.shape[1]} (at most {_MOST_ROWS})"
+    return dtype_not_in_triton(v.dtype)

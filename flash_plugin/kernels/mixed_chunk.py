@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.activations import gated
+from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.blocked import Options, blocked_applies, mixed_chunk_blocked
-from flash_plugin.kernels.layout import Layout, LinearState, default_scale, global_weight, state_dtype
+from flash_plugin.kernels.layout import (
+    Layout,
+    LinearState,
+    counted,
+    default_scale,
+    global_weight,
+    state_dtype,
+)
+from flash_plugin.kernels.linear import linear_attention
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
     check_attention,
@@ -20,9 +28,12 @@ from flash_plugin.kernels.validation import (
     check_segments,
     check_state,
     check_values,
+    not_in_triton,
+    use_triton,
 )
 
 
+@like_matrix_products
 def mixed_chunk_attention(
     q_local: Tensor,
     k_local: Tensor,
@@ -94,7 +105,40 @@ def mixed_chunk_attention(
     initial_kv = None if initial_state is None else initial_state.kv
 
     final: Tensor | None
-    if blocked_applies(v, segmented, causal, activation, dropout, scale):
+    if use_triton(impl, v, not_in_triton(activation, dropout, v.dtype)):
+        from flash_plugin.kernels.triton.calls import call_mixed_chunk
+
+        # A bidirectional global part takes in its whole row, so that of several documents is left to linear attention.
+        apart = segmented and not causal
+        out, final = call_mixed_chunk(
+            q_local,
+            k_local,
+            q_global,
+            k_global,
+            v,
+            chunk_size=chunk_size,
+            gate=None if apart else gate,
+            bias=bias,
+            layout=layout,
+            segmented=segmented,
+            causal=causal,
+            activation=activation,
+            normalizer=normalizer,
+            scale=scale,
+            factor=None if apart else factor,
+            initial_kv=initial_kv,
+            final=return_state,
+            silu=silu,
+        )
+        if apart:
+            values = F.silu(v) if silu else v
+            across = linear_attention(
+                (q_global * factor[..., None].to(v.dtype)).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
+                causal=False, segments=segments, impl=impl,
+            )  # fmt: skip
+            assert isinstance(across, Tensor)
+            out = gated(out + across.squeeze(1), gate, silu)
+    elif blocked_applies(v, segmented, causal, activation, dropout, scale):
         options = Options(chunk_size, activation, normalizer, float(scale), silu, return_state)
         out, final = mixed_chunk_blocked(
             q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, options
@@ -122,11 +166,3 @@ def mixed_chunk_attention(
         return out
     assert final is not None
     return out, LinearState(final, counted(layout, initial_state, v.shape[0]))
-
-
-def counted(layout: Layout, initial: LinearState | None, batch: int) -> Tensor:
-    """Tokens held by the state of each row's last document, ``[b]``."""
-    count = layout.tokens_in_last_document().expand(batch)
-    if initial is not None:
-        count = count + torch.where(layout.in_first_document[:, -1], initial.count, 0)
-    return count

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.activations import attention_weights, gated
+from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.layout import Layout, default_scale, local_divisor, state_dtype
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
@@ -16,12 +17,15 @@ from flash_plugin.kernels.validation import (
     check_queries_and_keys,
     check_segments,
     check_values,
+    not_in_triton,
+    use_triton,
 )
 
 # Rows of the score matrix worked on at once: a causal panel then never computes most of what it would mask.
 _PANEL = 512
 
 
+@like_matrix_products
 def quadratic_attention(
     q: Tensor,
     k: Tensor,
@@ -73,6 +77,22 @@ def quadratic_attention(
     layout = Layout.of(segments, length, None, q.device)
     if scale is None:
         scale = default_scale(normalizer, q.shape[-1], length)
+    if use_triton(impl, v, not_in_triton(activation, dropout, v.dtype)):
+        from flash_plugin.kernels.triton.calls import call_quadratic
+
+        return call_quadratic(
+            q,
+            k,
+            v,
+            gate=gate,
+            bias=bias,
+            layout=layout,
+            causal=causal,
+            activation=activation,
+            normalizer=normalizer,
+            scale=scale,
+            silu=silu,
+        )
     if silu:
         v = F.silu(v)
     # Scores in float32: their rounding would be magnified by steep activations, and they are few beside the values.

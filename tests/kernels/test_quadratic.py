@@ -47,12 +47,14 @@ def inputs_for(
     return draw(shapes, seed_of(b, s, z, e, bias, gate), dtype)
 
 
-def check(layout: Layout, inputs: Tensors, dtypes: Any = (torch.float32, torch.float64), **options: Any) -> None:
-    """Both implementations against the oracle."""
+def check(
+    layout: Layout, inputs: Tensors, dtypes: Any = (torch.float32, torch.float64), ops: Any = OPS, **options: Any
+) -> None:
+    """All implementations in `ops` against the oracle."""
     b, s, _ = inputs["q"].shape
     segments = segments_of(layout)
     compare(
-        {label: lambda x, op=op: [op(**x, segments=segments, **options)] for label, op in OPS.items()},
+        {label: lambda x, op=op: [op(**x, segments=segments, **options)] for label, op in ops.items()},
         lambda x: [oracle.quadratic(**x, **layout, **options)],
         inputs,
         real_tokens(layout, b, s),
