@@ -13,8 +13,9 @@ from flash_plugin.kernels.formulas import (
 from flash_plugin.kernels.layout import NORMALIZERS, LinearState
 from flash_plugin.kernels.linear import linear_attention
 from flash_plugin.kernels.mixed_chunk import mixed_chunk_attention
+from flash_plugin.kernels.offset_scale import offset_scale
 from flash_plugin.kernels.quadratic import quadratic_attention
-from flash_plugin.kernels.rms_norm import rms_norm
+from flash_plugin.kernels.rms_norm import rms_norm, scale_norm
 from flash_plugin.kernels.segments import Segments, make_segments
 from flash_plugin.kernels.validation import IMPLEMENTATIONS
 
@@ -27,9 +28,11 @@ __all__ = [
     "linear_attention",
     "make_segments",
     "mixed_chunk_attention",
+    "offset_scale",
     "quadratic_attention",
     "reference_linear_attention",
     "reference_mixed_chunk_attention",
     "reference_quadratic_attention",
     "rms_norm",
+    "scale_norm",
 ]

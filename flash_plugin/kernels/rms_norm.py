@@ -1,4 +1,9 @@
-"""Root mean square normalisation whose backward does not write each of its steps to memory on a CPU."""
+"""Norms by the root mean square, RMS norm and ScaleNorm, with the token shift where that follows them.
+
+PyTorch's RMS norm is one kernel forward and one backward on CUDA, and stays in use there. The Triton kernels are for
+what it has none for: the token shift, which behind a norm moves twice the norm's memory again, and ScaleNorm. On a CPU
+the backward of PyTorch's RMS norm writes each of its steps to memory; the one written out here does not.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +13,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_plugin.kernels.validation import in_eager_cpu
+from flash_plugin.kernels.differentiation import differentiable_backward
+from flash_plugin.kernels.layout import state_dtype
+from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.token_shift import check_token_shift, shift_half
+from flash_plugin.kernels.validation import in_eager_cpu, use_triton
+
+# Of a row, as much as one Triton program holds in registers.
+_WIDEST = 8192
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    token_shift: bool = False,
+    segments: Segments | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (Zhang & Sennrich 2019).
 
-    Torch's own function, but for float32 and float64 on a CPU, where its backward is a chain of element-wise steps and
-    this one is three times as fast.
+    ``auto`` is torch's own function, but for float32 and float64 on a CPU, where its backward is a chain of
+    element-wise steps and this one is three times as fast, and for a token shift on CUDA outside ``torch.compile``,
+    which Triton does in the same pass.
 
     Args:
-        x: Input, ``[..., d]``.
+        x: Input, ``[..., d]``; ``[b, s, d]`` for a token shift.
         weight: ``[d]``.
         eps: Added to the mean square.
+        token_shift: Afterwards take the first half of each token's features from the token before it in its document,
+            0 where there is none.
+        segments: Documents, for the token shift; None means one a row.
+        impl: ``auto``, ``triton`` or ``reference``.
+
+    Raises:
+        ValueError: If an argument does not fit the others.
+        RuntimeError: If ``impl`` cannot run here.
 
     Returns:
-        ``[..., d]`` in the dtype of ``x``.
+        The shape and dtype of ``x``.
     """
-    if not in_eager_cpu(x) or weight.dtype != x.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return _RmsNorm.apply(x, weight, eps)
+    _check_weight("weight", weight, x, x.shape[-1])
+    check_token_shift(x, token_shift, segments)
+    if _in_triton(x, impl, lacks_in_torch=token_shift):
+        return _triton_norm(x, weight, eps, token_shift, segments, scale=False)
+    if in_eager_cpu(x) and weight.dtype == x.dtype:
+        out = _RmsNorm.apply(x, weight, eps)
+    else:
+        out = F.rms_norm(x, weight.shape, weight, eps)
+    return shift_half(out, segments) if token_shift else out
+
+
+def scale_norm(
+    x: Tensor,
+    scale: Tensor,
+    eps: float,
+    *,
+    token_shift: bool = False,
+    segments: Segments | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``x / max(||x|| / sqrt(d), eps) * scale`` over the last axis (Nguyen & Salazar 2019).
+
+    ``auto`` runs Triton on CUDA outside ``torch.compile``: PyTorch takes five passes in float32.
+
+    Args:
+        x: Input, ``[..., d]``; ``[b, s, d]`` for a token shift.
+        scale: ``[1]``.
+        eps: Smallest root mean square that is divided by.
+        token_shift: As for :func:`rms_norm`.
+        segments: As for :func:`rms_norm`.
+        impl: ``auto``, ``triton`` or ``reference``.
+
+    Raises:
+        ValueError: If an argument does not fit the others.
+        RuntimeError: If ``impl`` cannot run here.
+
+    Returns:
+        The shape and dtype of ``x``.
+    """
+    _check_weight("scale", scale, x, 1)
+    check_token_shift(x, token_shift, segments)
+    if _in_triton(x, impl, lacks_in_torch=True):
+        return _triton_norm(x, scale, eps, token_shift, segments, scale=True)
+    wide = x.to(state_dtype(x.dtype))
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+    out = ((wide / size.clamp(min=eps)).to(x.dtype) * scale).to(x.dtype)
+    return shift_half(out, segments) if token_shift else out
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -42,12 +115,43 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate torch's own function instead
-            # Views of them: x and weight may be one tensor, or one made from the other.
-            x, weight = x.view_as(x), weight.view_as(weight)
-            out = F.rms_norm(x, weight.shape, weight, ctx.eps)
-            return (*torch.autograd.grad(out, (x, weight), grad, create_graph=True, allow_unused=True), None)
+            plain = lambda x, weight: (F.rms_norm(x, weight.shape, weight, ctx.eps),)  # noqa: E731
+            return (*differentiable_backward(plain, (x, weight), (grad,)), None)
         # Layer normalisation about a mean of 0 has this backward, but for the mean of the gradient that it takes out.
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
         )
         return dx.addcmul_(inverse, (grad @ weight).unsqueeze(-1).div_(x.shape[-1])), dweight, None
+
+
+def _in_triton(x: Tensor, impl: str, *, lacks_in_torch: bool) -> bool:
+    """Whether Triton runs: if asked for, or where it can and neither torch's own kernels nor inductor do as well."""
+    unsupported = None
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        unsupported = f"dtype {x.dtype}"
+    elif not 0 < x.shape[-1] <= _WIDEST:
+        unsupported = f"dim {x.shape[-1]}"
+    can = use_triton(impl, x, unsupported)
+    return can and (impl == "triton" or (lacks_in_torch and not torch.compiler.is_compiling()))
+
+
+def _triton_norm(
+    x: Tensor, weight: Tensor, eps: float, token_shift: bool, segments: Segments | None, *, scale: bool
+) -> Tensor:
+    from flash_plugin.kernels.triton.normalization import norm
+
+    start = None if segments is None or segments.single else segments.start
+    return norm(x, weight, start, eps, scale, token_shift)
+
+
+def _check_weight(name: str, weight: Tensor, x: Tensor, width: int) -> None:
+    if weight.shape != (width,):
+        raise ValueError(
+            f"{name} (shape {tuple(weight.shape)}) must be [{width}] for x of shape {tuple(x.shape)}; normalise the "
+            "last axis"
+        )
+    if not weight.is_floating_point() or weight.device != x.device:
+        raise ValueError(
+            f"{name} (dtype {weight.dtype}, device {weight.device}) must be floating point on {x.device}; cast or move "
+            "it"
+        )
