@@ -68,12 +68,14 @@ def run_oracle(tensors: Tensors, **options: Any) -> list[Tensor]:
     return [out, state.kv, state.key_sum] if options.get("causal", True) else [out]
 
 
-def check(layout: Layout, inputs: Tensors, dtypes: Any = (torch.float32, torch.float64), **options: Any) -> None:
-    """Both implementations against the oracle."""
+def check(
+    layout: Layout, inputs: Tensors, dtypes: Any = (torch.float32, torch.float64), ops: Any = OPS, **options: Any
+) -> None:
+    """All implementations in `ops` against the oracle."""
     b, _, s, _ = inputs["v"].shape
     segments = segments_of(layout)
     compare(
-        {name: lambda x, op=op: run(op, LinearState, x, segments=segments, **options) for name, op in OPS.items()},
+        {name: lambda x, op=op: run(op, LinearState, x, segments=segments, **options) for name, op in ops.items()},
         lambda x: run_oracle(x, **layout, **options),
         inputs,
         real_tokens(layout, b, s),

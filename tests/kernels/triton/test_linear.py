@@ -53,10 +53,11 @@ def test_every_length_of_one_document(s):
 @QUOTIENT
 @CAUSAL
 def test_half_precision_stays_near_the_oracle(causal, normalize, dtype):
-    for layout in ("one", "packed"):
-        inputs = inputs_for(1, 1, 300, 17, 33, state=causal, dtype=dtype)
+    # A state before a short first document would get gradients of a few terms that happen to cancel.
+    for layout, state in (("one", causal), ("packed", False)):
+        inputs = inputs_for(1, 1, 260, 17, 33, state=state, dtype=dtype)
         options = {"causal": causal, "normalize": normalize, "scale": 0.125}
-        check(make_layout(layout, 1, 300), inputs, [dtype], OPS, **options)
+        check(make_layout(layout, 1, 260), inputs, [dtype], OPS, **options)
 
 
 @HALF
@@ -80,11 +81,22 @@ def test_float16_holds_the_sum_of_any_number_of_keys():
 
 
 # Blocks of one tile and of several; widths of parts of a block and of several blocks.
-@pytest.mark.parametrize("s, z, e", [(260, 96, 130), (130, 300, 24), (70, 1024, 20), (70, 16, 272), (65, 1, 1)])
-def test_either_width_may_be_the_larger(s, z, e):
-    for layout, causal, normalize in (("one", True, True), ("packed", False, False)):
-        inputs, eps = inputs_for(1, 1, s, z, e, state=causal), 0.5 if z == 1 else 1e-6
-        check(make_layout(layout, 1, s), inputs, [torch.float32], OPS, causal=causal, normalize=normalize, eps=eps)
+@pytest.mark.parametrize(
+    "layout, s, z, e, causal, normalize",
+    [
+        ("begun", 260, 96, 130, True, False),
+        ("packed", 257, 100, 65, False, True),
+        ("one", 130, 300, 24, True, True),
+        ("packed", 66, 300, 24, False, False),
+        ("one", 70, 1024, 20, True, False),
+        ("one", 70, 16, 272, True, True),
+        ("right", 70, 1, 1, False, True),
+    ],
+)
+def test_either_width_may_be_the_larger(layout, s, z, e, causal, normalize):
+    inputs = inputs_for(1, 1, s, z, e, state=causal)
+    eps = 10.0 if z == 1 else 1e-6  # a query of one number is normalised away
+    check(make_layout(layout, 1, s), inputs, [torch.float32], OPS, causal=causal, normalize=normalize, eps=eps)
 
 
 @QUOTIENT
@@ -156,7 +168,7 @@ def test_memory_grows_with_the_sequence_alone(causal, layout, monkeypatch):
 
     scores = launch.compute_scores
     monkeypatch.setattr(launch, "compute_scores", recording)
-    s, z, e = 1024, 16, 16
+    s, z, e = 512, 16, 16
     x, saved = floats(inputs_for(1, 1, s, z, e)), []
     segments = segments_of(make_layout(layout, 1, s))
 
@@ -175,8 +187,7 @@ def test_memory_grows_with_the_sequence_alone(causal, layout, monkeypatch):
 
 def arguments(causal: bool, normalize: bool) -> tuple[Any, ...]:
     """What the operator itself takes, for rows of several documents."""
-    x = floats(inputs_for(2, 1, 70, 8, 16))
-    q, k, v = (t.squeeze(1) for t in x.values())
+    q, k, v = (t.squeeze(1).float().requires_grad_() for t in inputs_for(2, 1, 70, 8, 16).values())
     t = torch.arange(70, dtype=torch.int32).expand(2, -1)
     document = torch.where(t < 30, -1 if causal else 0, 30).int()
     end = None if causal else torch.where(t < 30, 30, 70).int()
@@ -213,13 +224,11 @@ def test_meta_tensors_have_the_shapes_of_real_ones(causal, dtype):
             assert (actual.shape, actual.dtype) == (fake.shape, fake.dtype)
 
 
-@QUOTIENT
-def test_it_compiles_into_one_graph(normalize):
+def test_it_compiles_into_one_graph():
     def call(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         segments = make_segments(pos)
-        out, state = linear_attention(
-            q, k, v, segments=segments, normalize=normalize, return_state=True, scale=0.5, impl="triton"
-        )
+        options: dict[str, Any] = {"normalize": True, "return_state": True, "scale": 0.5, "impl": "triton"}
+        out, state = linear_attention(q, k, v, segments=segments, **options)
         return out, state.kv
 
     pos = torch.arange(70).remainder(30).expand(2, -1)
