@@ -25,8 +25,10 @@ _COMPONENTS = {
     "gau": ("GatedAttentionUnit", "OffsetScale"),
     "mixers": ("MixedChunkMixer", "QuadraticMixer"),
     "norms": ("ScaleNorm",),
+    "cache": ("FlashCache",),
     "initialization": ("initialize_weights",),
     "checkpointer": ("FlashCheckpointer",),
+    "quantizers": ("Int8DynActInt8WeightQuantizer", "Int8WeightOnlyQuantizer"),
     "tokenizers": ("TiktokenTokenizer", "byte_tokenizer", "tiktoken_tokenizer"),
     "datasets": ("text_dataset", "token_dataset"),
 }

@@ -46,6 +46,7 @@ def flash(
     output_bias: bool = False,
     final_norm: str | None = None,
     tie_embeddings: bool = False,
+    unlimited_decoding: bool = False,
     impl: str = "auto",
 ) -> FlashDecoder:
     """Build FLASH (paper section 3): gated attention units with mixed chunk attention, linear in the sequence.
@@ -73,6 +74,8 @@ def flash(
         output_bias: Whether the output projection has a bias.
         final_norm: Norm before the output projection; None follows ``norm``.
         tie_embeddings: Use the token embedding as output projection.
+        unlimited_decoding: Let decoding with a cache, whose size is constant, go on past ``max_seq_len``; rotary angles
+            are then computed at each position, in place of a table.
         impl: Implementation of the attention op: ``auto``, ``triton`` or ``reference``.
 
     Raises:
@@ -102,6 +105,7 @@ def flash(
         expansion=expansion, qk_dim=qk_dim, rope_dim=rope_dim, rope_base=rope_base, absolute_position=absolute_position,
         norm=norm, norm_eps=norm_eps, token_shift=token_shift, causal=causal, proj_bias=proj_bias,
         output_bias=output_bias, final_norm=final_norm, tie_embeddings=tie_embeddings,
+        unlimited_decoding=unlimited_decoding,
     )  # fmt: skip
 
 
@@ -133,8 +137,8 @@ def flash_quad(
 ) -> FlashDecoder:
     """Build FLASH-Quad (paper section 2): gated attention units with quadratic attention over whole documents.
 
-    Arguments, errors and result are those of :func:`flash`, without ``chunk_size``; ``position_bias`` reaches over
-    ``max_seq_len`` tokens.
+    Arguments, errors and result are those of :func:`flash`, without ``chunk_size`` and, its cache growing with the
+    text, ``unlimited_decoding``; ``position_bias`` reaches over ``max_seq_len`` tokens.
     """
 
     def mixer() -> QuadraticMixer:
@@ -178,6 +182,7 @@ def _build(
     output_bias: bool,
     final_norm: str | None,
     tie_embeddings: bool,
+    unlimited_decoding: bool = False,
 ) -> FlashDecoder:
     """What both families share: everything but the mixer."""
     sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "embed_dim": embed_dim, "max_seq_len": max_seq_len}
@@ -188,6 +193,7 @@ def _build(
     _check_rope(rope_dim, qk_dim, rope_base)
     flags = {"absolute_position": absolute_position, "token_shift": token_shift, "causal": causal}
     flags |= {"proj_bias": proj_bias, "output_bias": output_bias, "tie_embeddings": tie_embeddings}
+    flags["unlimited_decoding"] = unlimited_decoding
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{name} ({flag!r}) must be True or False; set model.{name} to one of them, unquoted")
@@ -197,7 +203,7 @@ def _build(
     if tie_embeddings and output_bias:
         raise ValueError("output_bias (True) must be False with tie_embeddings=True; set one of them to False")
     # One table of angles for all layers.
-    rotary = RotaryPositions(rope_dim, max_seq_len, rope_base) if rope_dim else None
+    rotary = RotaryPositions(rope_dim, max_seq_len, rope_base, unlimited=unlimited_decoding) if rope_dim else None
     layers = [
         FlashLayer(
             GatedAttentionUnit(
@@ -223,6 +229,7 @@ def _build(
         output=TiedLinear(tok_embeddings) if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=output_bias),
         causal=causal,
         absolute_position=ScaledSinusoid(embed_dim) if absolute_position else None,
+        unlimited_decoding=unlimited_decoding,
     )
     initialize_weights(model)
     return model

@@ -1,14 +1,15 @@
-"""Does a checkpoint fit a model? Every refusal names the keys."""
+"""Does a checkpoint fit a model, and is it in the precision asked for? Every refusal names the keys."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from flash_plugin.components.checkpoint_files import listing
+from flash_plugin.components.quantizers import quantization_of
 
 EMBEDDING_KEY = "tok_embeddings.weight"
 
@@ -37,6 +38,50 @@ def check_tensors(weights: Mapping[str, Any], source: str) -> None:
             f"checkpoint {source} must hold finite weights, and these hold NaN or infinity: {listing(broken)}; "
             "training had diverged, so load an earlier epoch and lower the learning rate or clip gradients"
         )
+
+
+def check_precision(weights: Mapping[str, Tensor], source: str, *, quantized: bool) -> None:
+    """Refuse what a recipe would evaluate in another precision than it was asked for.
+
+    Args:
+        weights: The state dict read from ``source``.
+        source: What to call the file in an error.
+        quantized: Whether the recipe has quantized its model, and so wants quantized weights.
+
+    Raises:
+        ValueError: If the weights are quantized and the recipe did not quantize its model, or the other way round.
+    """
+    kinds = sorted({kind for kind in map(quantization_of, weights.values()) if kind})
+    if quantized and not kinds and not is_packed(weights):
+        raise ValueError(
+            f"checkpoint {source} must hold quantized weights for a recipe with a quantizer, and it holds "
+            "full-precision ones, which would take the quantized ones' place; run `tune run quantize --config "
+            "configs/flash_quantize.yaml` and name the file that it writes in checkpointer.checkpoint_files, or set "
+            "quantizer=null to run in full precision"
+        )
+    if not quantized and kinds:
+        raise ValueError(
+            f"checkpoint {source} must hold full-precision weights for a recipe without a quantizer, and its weights "
+            f"are quantized ({', '.join(kinds)}); set the quantizer that they were made with, such as "
+            "quantizer._component_=flash_plugin.Int8WeightOnlyQuantizer; if one is set, torchtune does not know its "
+            "class: register it in torchtune.training.quantization._quantizer_to_mode; to train or to quantize, name "
+            "the checkpoint from before quantization"
+        )
+
+
+def refuse_quantizer(name: str) -> NoReturn:
+    """Raise ValueError: a recipe was given this quantizer and loads full-precision weights all the same."""
+    raise ValueError(
+        f"quantizer ({name}) must be a class that torchtune knows, or the recipe ignores it and runs in full "
+        "precision; set quantizer._component_=flash_plugin.Int8WeightOnlyQuantizer, or register yours: "
+        "torchtune.training.quantization._quantizer_to_mode[YourClass] = '8w' (a recipe that trains or quantizes "
+        "needs no checkpointer.quantizer: leave it out there)"
+    )
+
+
+def is_packed(weights: Mapping[str, Tensor]) -> bool:
+    """Whether there are integers among the weights, as quantizers leave them that swap modules."""
+    return any(not tensor.is_floating_point() for tensor in weights.values())
 
 
 def check_fit(

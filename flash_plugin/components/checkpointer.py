@@ -33,7 +33,13 @@ from flash_plugin.components.checkpoint_files import (
     present,
     read_checkpoint,
 )
-from flash_plugin.components.checkpoint_fit import check_fit, check_tensors
+from flash_plugin.components.checkpoint_fit import (
+    check_fit,
+    check_precision,
+    check_tensors,
+    is_packed,
+    refuse_quantizer,
+)
 from flash_plugin.components.initialization import initialize_weights
 
 MODEL_FILE = SHARD_FNAME.format(cpt_idx="00001", num_shards="00001") + ".bin"
@@ -51,7 +57,8 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
 
     * **From scratch**: with no ``checkpoint_files``, ``init_model`` is built and its weights are drawn from
       ``init_seed``: the same ones in every process, and nothing is written to disk.
-    * **Loading**: a file that is damaged, holds NaN, or does not fit ``init_model`` is refused.
+    * **Loading**: a file that is damaged, holds NaN, or does not fit ``init_model`` is refused, and so are
+      full-precision weights for a quantized model and quantized weights for any other.
     * **Resuming**: with no ``checkpoint_files``, the epoch that the recipe state belongs to is found.
     * **Saving**: a kill or a full disk leaves the last checkpoint loadable and resumable.
 
@@ -68,6 +75,8 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         init_model: The model's own node; in YAML ``init_model: ${model}``. Needed to train from scratch; when a file
             is loaded, the file is compared with it.
         init_seed: Seed of the weights drawn from scratch.
+        quantizer: The quantizer's own node; in YAML ``quantizer: ${quantizer}``, in configs that run a quantized
+            model (``eleuther_eval``, ``generate``). One that the recipe does not know, and would ignore, is refused.
         adapter_checkpoint: The adapter to resume, in ``output_dir``; by default the matching epoch's, if there is one.
         recipe_checkpoint: The recipe state to resume, in ``output_dir``; by default ``recipe_state/recipe_state.pt``.
         resume_from_checkpoint: The same as ``should_load_recipe_state``.
@@ -87,6 +96,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         model_type: str = "FLASH",
         init_model: Mapping[str, Any] | None = None,
         init_seed: int = 0,
+        quantizer: Mapping[str, Any] | None = None,
         adapter_checkpoint: str | None = None,
         recipe_checkpoint: str | None = None,
         resume_from_checkpoint: bool = False,
@@ -102,7 +112,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
                 f"init_model ({init_model!r}) must be a model's node with its _component_; "
                 "write init_model: ${model} below checkpointer"
             )
-        self._init_model, self._init_seed = dict(init_model or {}), init_seed
+        self._init_model, self._init_seed, self._quantizer = dict(init_model or {}), init_seed, dict(quantizer or {})
         self._output_dir = Path(output_dir)
         # DistributedCheckpointer, which saves asynchronously, copies this attribute and wants a path.
         self._checkpoint_dir = Path(checkpoint_dir or output_dir)
@@ -134,21 +144,26 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         """Load the checkpoint, or make the weights that training from scratch begins with.
 
         Args:
-            weights_only: Passed on to ``torch.load``; recipes set it to ``False`` for quantized weights.
+            weights_only: Passed on to ``torch.load``; recipes set it to ``False`` when they have quantized the model.
 
         Returns:
             The state dict under ``model``; when resuming also the recipe state's keys, and LoRA's under ``adapter``.
 
         Raises:
-            ValueError: If a file is damaged, holds values that are not finite, or does not fit ``init_model``.
+            ValueError: If a file is damaged, holds values that are not finite, is not in the precision that the
+                recipe was asked for, or does not fit ``init_model``.
         """
+        if weights_only and self._quantizer:
+            refuse_quantizer(str(self._quantizer.get("_component_")))
         if self._checkpoint_path is None:
-            return {training.MODEL_KEY: self._initial_weights()}
+            weights = self._initial_weights()
+            check_precision(weights, "(None, weights from scratch)", quantized=not weights_only)
+            return {training.MODEL_KEY: weights}
         weights = read_checkpoint(self._checkpoint_path, weights_only=weights_only)
         check_tensors(weights, str(self._checkpoint_path))
+        check_precision(weights, str(self._checkpoint_path), quantized=not weights_only)
         # Quantizers that swap modules store packed integers under names of their own: nothing to compare.
-        packed = not weights_only and any(not tensor.is_floating_point() for tensor in weights.values())
-        if self._init_model and not packed:
+        if self._init_model and (weights_only or not is_packed(weights)):
             self._check_fit(weights)
         checkpoint: dict[str, Any] = {training.MODEL_KEY: weights}
         if self._adapter_checkpoint is not None:

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.layer import FlashLayer
-from flash_plugin.components.masks import check_mask, padding_of
+from flash_plugin.components.masks import check_cached_mask, check_mask, padding_of
 from flash_plugin.components.mixers import MixedChunkMixer
-from flash_plugin.components.positions import ScaledSinusoid
+from flash_plugin.components.positions import ScaledSinusoid, position_rows
 from flash_plugin.kernels import Segments, make_segments
+from flash_plugin.kernels.new_tokens import NewTokens
 
 
 class FlashDecoder(TransformerDecoder):
@@ -28,6 +29,7 @@ class FlashDecoder(TransformerDecoder):
         output: Output projection.
         causal: Whether the layers are causal.
         absolute_position: Absolute position embedding, or None.
+        unlimited_decoding: Whether decoding with a cache may go on past ``max_seq_len``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class FlashDecoder(TransformerDecoder):
         output: nn.Module,
         causal: bool,
         absolute_position: ScaledSinusoid | None = None,
+        unlimited_decoding: bool = False,
     ) -> None:
         super().__init__(
             tok_embeddings=tok_embeddings,
@@ -53,8 +56,39 @@ class FlashDecoder(TransformerDecoder):
         )
         self.causal = causal
         self.absolute_position = absolute_position
+        self.unlimited_decoding = unlimited_decoding
         self._checked_masks: set[tuple[int, ...]] = set()
         self._chunk_sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
+
+    def setup_caches(
+        self,
+        batch_size: int,
+        dtype: torch.dtype,
+        *,
+        encoder_max_seq_len: int | None = None,
+        decoder_max_seq_len: int | None = None,
+    ) -> None:
+        """Set up a decoding cache in every layer, in place of those that are there.
+
+        Args:
+            batch_size: Rows that every call will have.
+            dtype: The model's dtype.
+            encoder_max_seq_len: Not used: FLASH has no encoder.
+            decoder_max_seq_len: Tokens a row may have; ``max_seq_len`` if not given.
+
+        Raises:
+            ValueError: If it is more than ``max_seq_len``, a size is no positive integer, or the model is
+                bidirectional or normalises by the length of the sequence.
+        """
+        if decoder_max_seq_len is not None and decoder_max_seq_len > self.max_seq_len and not self.unlimited_decoding:
+            raise ValueError(
+                f"decoder_max_seq_len ({decoder_max_seq_len}) must not exceed max_seq_len ({self.max_seq_len}); ask "
+                "for fewer tokens (max_new_tokens, max_seq_length), or set model.max_seq_len higher, or in FLASH "
+                "model.unlimited_decoding=True"
+            )
+        super().setup_caches(
+            batch_size, dtype, encoder_max_seq_len=encoder_max_seq_len, decoder_max_seq_len=decoder_max_seq_len
+        )
 
     def forward(
         self,
@@ -70,31 +104,39 @@ class FlashDecoder(TransformerDecoder):
         Args:
             tokens: Token ids, ``[b, s]``.
             mask: torchtune's attention mask ``[b, s, s]`` (or ``BlockMask``), which must say what ``input_pos`` says;
-                or a padding mask ``[b, s]``, True at real tokens.
+                or a padding mask ``[b, s]``, True at real tokens. With an enabled cache only torchtune's
+                ``[1 or b, s, decoder_max_cache_seq_len]``.
             encoder_input: Must be None: FLASH has no encoder.
             encoder_mask: Must be None.
             input_pos: Position of each token in its document, ``[b, s]`` or ``[s]``; a restart begins a document.
-                None means one document a row.
+                None means one document a row. With an enabled cache a row goes on with its document where its first
+                position is one more than that of its last token; any other begins one.
 
         Raises:
             ValueError: If the sequence is longer than ``max_seq_len``, a token or position is out of range, or the
-                mask cannot be honoured.
+                mask cannot be honoured; with an enabled cache also if there is no ``input_pos``, or the number of
+                rows is not the cache's.
 
         Returns:
             Logits ``[b, s, vocab_size]`` in float32, or a list of them cut along s after
             ``set_num_output_chunks``; hidden states first if ``output_hidden_states`` asks for them.
         """
         self._check(tokens, encoder_input, encoder_mask)
-        segments = self._segments(tokens, mask, input_pos)
+        segments, new = None, None
+        if self.caches_are_enabled():
+            new = self._new_tokens(tokens, mask, input_pos)
+        else:
+            segments = self._segments(tokens, mask, input_pos)
         h = self.tok_embeddings(tokens)
         if self.absolute_position is not None:
-            position = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            h = h + self.absolute_position(position if segments is None else segments.position)
+            placed = segments if new is None else new
+            position = torch.arange(tokens.shape[1], device=tokens.device)[None] if placed is None else placed.position
+            h = h + self.absolute_position(position)
         hidden = []
         for i, layer in enumerate(self.layers):
             if i in self.output_hidden_states:
                 hidden.append(h)
-            h = layer(h, segments=segments)
+            h = layer(h, segments=segments, new=new)
         output = self.unembed(h)
         return [*hidden, output] if hidden else output
 
@@ -115,23 +157,36 @@ class FlashDecoder(TransformerDecoder):
                 self._checked_masks.add(kind)
         return segments
 
-    def _position(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """``input_pos`` as ``[1 or b, s]``: torchtune also passes ``[s]``, and ``[b]`` for one token a row."""
-        batch, length = tokens.shape
-        position = input_pos
-        if position.dim() == 1:
-            position = position[:, None] if length == 1 and position.shape[0] == batch else position[None]
-        if position.dim() != 2 or position.shape[0] not in (1, batch) or position.shape[1] != length:
+    def _new_tokens(self, tokens: Tensor, mask: object, input_pos: Tensor | None) -> NewTokens:
+        cache = self.layers[0].attn.kv_cache
+        if input_pos is None:
             raise ValueError(
-                f"input_pos (shape {tuple(input_pos.shape)}) must be [b, s] or [s] for tokens of shape "
-                f"{(batch, length)}; pass one position for each token"
+                "input_pos (None) must be given while the cache is enabled; pass each token's position in its "
+                "document, or disable the cache"
             )
+        if tokens.shape[0] != cache.batch_size:
+            raise ValueError(
+                f"tokens (batch size {tokens.shape[0]}) must have the batch size of the cache ({cache.batch_size}); "
+                "set the cache up for it, or fill the batch up"
+            )
+        new = cache.place(self._position(tokens, input_pos), self._chunk_sizes)
+        check_cached_mask(mask, new, self.decoder_max_cache_seq_len)
+        return new
+
+    def _position(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """``input_pos`` as ``[1 or b, s]``, in range."""
+        position = position_rows(input_pos, *tokens.shape)
         if position.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(position.min()), int(position.max())
-            if low < 0 or high >= self.max_seq_len:
+            name, limit = "max_seq_len", self.max_seq_len
+            remedy = "set model.max_seq_len higher, or restart positions with each document"
+            cached = self.caches_are_enabled()
+            if cached and self.decoder_max_cache_seq_len < limit:
+                name, limit = "decoder_max_seq_len", self.decoder_max_cache_seq_len
+                remedy = "set the cache up for more tokens"
+            if low < 0 or (high >= limit and not (cached and self.unlimited_decoding)):
                 raise ValueError(
-                    f"input_pos ({low if low < 0 else high}) must lie in [0, max_seq_len) = [0, {self.max_seq_len}); "
-                    "set model.max_seq_len higher, or restart positions with each document"
+                    f"input_pos ({low if low < 0 else high}) must lie in [0, {name}) = [0, {limit}); {remedy}"
                 )
         return position
 
@@ -142,7 +197,8 @@ class FlashDecoder(TransformerDecoder):
             )
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens (shape {tuple(tokens.shape)}) must be [batch, sequence]; add the missing axis")
-        if tokens.shape[1] > self.max_seq_len:
+        unlimited = self.unlimited_decoding and self.caches_are_enabled()
+        if tokens.shape[1] > self.max_seq_len and not unlimited:
             raise ValueError(
                 f"tokens (sequence length {tokens.shape[1]}) must not be longer than max_seq_len ({self.max_seq_len}); "
                 "set model.max_seq_len higher or tokenizer.max_seq_len lower"

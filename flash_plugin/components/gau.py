@@ -6,12 +6,13 @@ Shape legend: ``b`` batch, ``s`` sequence, ``d`` embed, ``e`` expanded width, ``
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_plugin.components.cache import FlashCache
 from flash_plugin.components.mixers import MixedChunkMixer, QuadraticMixer
 from flash_plugin.components.positions import RotaryPositions
-from flash_plugin.kernels import Segments
+from flash_plugin.kernels import Segments, offset_scale
+from flash_plugin.kernels.new_tokens import NewTokens
 
 
 class OffsetScale(nn.Module):
@@ -33,10 +34,11 @@ class OffsetScale(nn.Module):
         nn.init.normal_(self.gamma, std=0.02, generator=generator)
         nn.init.zeros_(self.beta)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Project ``[b, s, z]`` to ``num_projections`` tensors of that shape."""
-        pairs = zip(self.gamma.unbind(0), self.beta.unbind(0), strict=True)
-        return tuple(torch.addcmul(beta, x, gamma) for gamma, beta in pairs)
+    def forward(
+        self, x: Tensor, *, angles: Tensor | None = None, silu: bool = False, impl: str = "auto"
+    ) -> tuple[Tensor, ...]:
+        """Project ``[b, s, z]`` to ``num_projections`` such tensors; see :func:`flash_plugin.kernels.offset_scale`."""
+        return offset_scale(x, self.gamma, self.beta, angles=angles, silu=silu, impl=impl)
 
 
 class GatedAttentionUnit(nn.Module):
@@ -65,6 +67,9 @@ class GatedAttentionUnit(nn.Module):
         proj_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
+        self.expanded_dim = expanded_dim
+        self.qk_dim = qk_dim
         self.gate_proj = nn.Linear(embed_dim, expanded_dim, bias=proj_bias)
         self.v_proj = nn.Linear(embed_dim, expanded_dim, bias=proj_bias)
         self.qk_proj = nn.Linear(embed_dim, qk_dim, bias=proj_bias)
@@ -72,13 +77,61 @@ class GatedAttentionUnit(nn.Module):
         self.rotary = rotary
         self.mixer = mixer
         self.output_proj = nn.Linear(expanded_dim, embed_dim, bias=proj_bias)
+        # torchtune looks for these two names.
+        self.kv_cache: FlashCache | None = None
+        self.cache_enabled = False
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        """Mix ``[b, s, d]`` (normalised) inputs to ``[b, s, d]``; ``segments`` None means one document a row."""
+    def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int, *, shift_dim: int = 0) -> None:
+        """Set up and enable a decoding cache, in place of one that is there.
+
+        Args:
+            batch_size: Rows that every call will have.
+            dtype: The model's dtype.
+            max_seq_len: Tokens a row may have.
+            shift_dim: Features of the last token that the layer keeps in it for its token shift.
+
+        Raises:
+            ValueError: If the mixer cannot decode token by token, or a size is no positive integer.
+        """
+        self.mixer.check_decodable()
+        self.kv_cache = FlashCache(
+            batch_size=batch_size,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            qk_dim=self.qk_dim,
+            expanded_dim=self.expanded_dim,
+            chunk_size=self.mixer.chunk_size,
+            shift_dim=shift_dim,
+        )
+        self.cache_enabled = True
+
+    def reset_cache(self) -> None:
+        """Make the decoding cache forget all tokens."""
+        if self.kv_cache is None:
+            raise RuntimeError(
+                "the cache (None) must be set up before it can be reset; call model.setup_caches() first"
+            )
+        self.kv_cache.reset()
+
+    def forward(self, x: Tensor, segments: Segments | None = None, new: NewTokens | None = None) -> Tensor:
+        """Mix ``[b, s, d]`` (normalised) inputs to ``[b, s, d]``.
+
+        Args:
+            x: Inputs, ``[b, s, d]``.
+            segments: Documents and padding; None means one document a row.
+            new: Where the tokens lie behind those in the cache, which then is read and written; in place of
+                ``segments``.
+        """
         gate, values = self.gate_proj(x), self.v_proj(x)
-        qk = self.offset_scale(F.silu(self.qk_proj(x)))
+        angles = None
         if self.rotary is not None:
-            angles = self.rotary.angles(x.shape[1], None if segments is None else segments.position)
-            qk = tuple(self.rotary(projection, angles) for projection in qk)
+            placed = segments if new is None else new
+            angles = self.rotary.angles(x.shape[1], None if placed is None else placed.position)
+        qk = self.offset_scale(self.qk_proj(x), angles=angles, silu=True, impl=self.mixer.impl)
         # SiLU of gate and values is left to the op, which fuses it.
-        return self.output_proj(self.mixer(qk, values, gate, segments))
+        if new is None:
+            return self.output_proj(self.mixer(qk, values, gate, segments))
+        assert self.kv_cache is not None
+        mixed = self.mixer.decode(qk, values, gate, self.kv_cache, new)
+        self.kv_cache.advance(new)
+        return self.output_proj(mixed)

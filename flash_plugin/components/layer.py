@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from flash_plugin.components.gau import GatedAttentionUnit
+from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
+from flash_plugin.kernels.new_tokens import NewTokens
 
 
 class FlashLayer(TransformerSelfAttentionLayer):
@@ -32,19 +34,31 @@ class FlashLayer(TransformerSelfAttentionLayer):
     def setup_caches(
         self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int | None, decoder_max_seq_len: int
     ) -> None:
-        """Refuse: this version decodes without a cache."""
-        raise RuntimeError(
-            "enable_kv_cache (True) must be False: this version of flash_plugin decodes without a cache; "
-            "set enable_kv_cache=False"
-        )
+        """Set up a decoding cache, in place of one that is there.
+
+        Args:
+            batch_size: Rows that every call will have.
+            dtype: The model's dtype.
+            encoder_max_seq_len: Not used; torchtune passes it to every kind of layer.
+            decoder_max_seq_len: Tokens a row may have.
+
+        Raises:
+            ValueError: If the layer cannot decode token by token, or a size is no positive integer.
+        """
+        shift_dim = (self.attn.embed_dim + 1) // 2 if self.token_shift else 0
+        self.attn.setup_cache(batch_size, dtype, max_seq_len=decoder_max_seq_len, shift_dim=shift_dim)
 
     def caches_are_setup(self) -> bool:
         """Whether there is a decoding cache."""
-        return False
+        return self.attn.kv_cache is not None
 
     def caches_are_enabled(self) -> bool:
         """Whether the decoding cache is in use."""
-        return False
+        return self.attn.cache_enabled
+
+    def reset_cache(self) -> None:
+        """Make the decoding cache forget all tokens."""
+        self.attn.reset_cache()
 
     def forward(
         self,
@@ -53,6 +67,7 @@ class FlashLayer(TransformerSelfAttentionLayer):
         mask: object = None,
         input_pos: Tensor | None = None,
         segments: Segments | None = None,
+        new: NewTokens | None = None,
         encoder_input: Tensor | None = None,
         encoder_mask: Tensor | None = None,
     ) -> Tensor:
@@ -62,27 +77,54 @@ class FlashLayer(TransformerSelfAttentionLayer):
             x: Input, ``[b, s, d]``.
             mask: Not read: a FLASH layer learns about documents from ``segments`` or ``input_pos``; the model checks
                 that a mask agrees with them.
-            input_pos: Position of each token in its document, ``[b, s]``; used where ``segments`` is not given.
+            input_pos: Position of each token in its document, ``[b, s]``, ``[s]``, or ``[b]`` for one token a row;
+                used where neither ``segments`` nor ``new`` is given.
             segments: Documents and padding, worked out once by the model for all layers.
+            new: Where the tokens lie behind those in the cache, worked out once by the model; only with an enabled
+                cache.
             encoder_input: Not used; torchtune passes it to every kind of layer.
             encoder_mask: Not used, likewise.
+
+        Raises:
+            ValueError: If a cache is enabled and neither ``input_pos`` nor ``new`` is given.
 
         Returns:
             ``[b, s, d]``.
         """
-        if segments is None and input_pos is not None:
-            segments = make_segments(input_pos)
+        cache = self.attn.kv_cache if self.attn.cache_enabled else None
+        if segments is None and new is None and input_pos is not None:
+            position = position_rows(input_pos, *x.shape[:2])
+            segments, new = (make_segments(position), None) if cache is None else (None, cache.place(position))
+        if cache is not None and new is None:
+            raise ValueError(
+                "input_pos (None) must be given while the cache is enabled; pass each token's position in its document"
+            )
         normalised = self.sa_norm(x)
         if self.token_shift:
-            normalised = shift_tokens(normalised, segments)
-        return x + self.attn(normalised, segments)
+            features, kept = normalised.chunk(2, dim=-1)
+            if cache is None or new is None:
+                features = shift_tokens(features, segments)
+            else:
+                features = shift_tokens(features, new.segments, cache.shift(features, new))
+            normalised = torch.cat([features, kept], dim=-1)
+        return x + self.attn(normalised, segments, new)
 
 
-def shift_tokens(x: Tensor, segments: Segments | None) -> Tensor:
-    """Take the first half of each token's features from its predecessor in the same document, 0 where there is none."""
-    shifted, kept = x.chunk(2, dim=-1)
-    previous = torch.cat([torch.zeros_like(shifted[:, :1]), shifted[:, :-1]], dim=1)
+def shift_tokens(features: Tensor, segments: Segments | None, before: Tensor | None = None) -> Tensor:
+    """Give each token the features of its predecessor in the same document, 0 where there is none.
+
+    Args:
+        features: ``[b, s, d/2]``.
+        segments: Documents; None means one a row.
+        before: Features of the token before the first one, ``[b, 1, d/2]``; None means that there is none.
+
+    Returns:
+        ``[b, s, d/2]``.
+    """
+    if before is None:
+        before = torch.zeros_like(features[:, :1])
+    previous = features[:, :-1]
     if segments is not None:
-        index = torch.arange(x.shape[1], device=x.device)
-        previous = previous.masked_fill((segments.start == index)[..., None], 0.0)
-    return torch.cat([previous, kept], dim=-1)
+        index = torch.arange(1, features.shape[1], device=features.device)
+        previous = previous.masked_fill((segments.start[:, 1:] == index)[..., None], 0.0)
+    return torch.cat([before, previous], dim=1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_plugin.kernels import Segments
+from flash_plugin.kernels.new_tokens import NewTokens
 
 _REMEDY = "FLASH takes documents from input_pos and padding from a [b, s] mask; pass those, or no mask"
 
@@ -22,8 +23,7 @@ def padding_of(mask: object, causal: bool) -> Tensor | None:
     """
     if not isinstance(mask, Tensor):
         return None
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask (dtype {mask.dtype}) must be bool, True where attention is allowed; {_REMEDY}")
+    _check_dtype(mask)
     if mask.dim() == 2:
         square = mask.shape[0] == mask.shape[1] > 1 and mask.device.type == "cpu"
         if square and torch.equal(mask, torch.ones_like(mask).tril()):
@@ -97,6 +97,52 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
             f"mask[{row}, {t}, {s}] ({bool(mask[row, t, s])}) must be {not bool(mask[row, t, s])} to agree with "
             f"{'input_pos' if has_positions else 'a single document a row (no input_pos was given)'}; {_REMEDY}"
         )
+
+
+def check_cached_mask(mask: object, new: NewTokens, cache_len: int) -> None:
+    """Refuse a mask over the places of a decoding cache that positions do not already express.
+
+    It costs as much as reading the mask does. On an accelerator, and in a compiled graph, a difference stops the
+    program without saying where, and nothing waits for it.
+
+    Args:
+        mask: ``[1 or b, s, cache_len]`` bool: token t of the call sees what was fed j-th to the cache. None, and
+            whatever else is no tensor, is not read.
+        new: The tokens of the call.
+        cache_len: Length the cache was set up with.
+
+    Raises:
+        ValueError: If the mask cannot be honoured.
+    """
+    if not isinstance(mask, Tensor):
+        return
+    _check_dtype(mask)
+    batch, length = new.position.shape
+    if mask.dim() != 3 or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (length, cache_len):
+        raise ValueError(
+            f"mask (shape {tuple(mask.shape)}) must be [1 or b, s, decoder_max_cache_seq_len] = "
+            f"{(batch, length, cache_len)} while the cache is enabled; pass that or no mask, and give padding "
+            "position 0"
+        )
+    index = torch.arange(cache_len, device=mask.device)
+    last = new.index[:, None]
+    first = last - (new.position - new.begin)[..., None]
+    different = mask != ((index >= first) & (index <= last))
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~different.any(), "mask must agree with input_pos while the cache is enabled")
+    elif different.any():
+        row, t, s = different.nonzero()[0].tolist()
+        told = bool(mask[row if mask.shape[0] > 1 else 0, t, s])
+        raise ValueError(
+            f"mask[{row}, {t}, {s}] ({told}) must be {not told} to agree with input_pos and the {int(new.index[0])} "
+            "tokens given to the cache before; call reset_caches() between prompts, and pass the positions that the "
+            "mask means"
+        )
+
+
+def _check_dtype(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask (dtype {mask.dtype}) must be bool, True where attention is allowed; {_REMEDY}")
 
 
 def _filling(mask: Tensor, tokens: Tensor, has_positions: bool) -> Tensor:

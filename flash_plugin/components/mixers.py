@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flash_plugin.components.cache import FlashCache
 from flash_plugin.kernels import Segments, mixed_chunk_attention, quadratic_attention
+from flash_plugin.kernels.decode import mixed_chunk_decode, quadratic_decode, tokens_held
+from flash_plugin.kernels.new_tokens import NewTokens
 from flash_plugin.kernels.validation import check_attention, check_chunk_size
 
 
@@ -26,6 +29,9 @@ class _Mixer(nn.Module):
     """
 
     num_projections: int
+    chunk_size: int | None = None
+    # Normalisers that give a token the same output whatever follows it.
+    decodable: tuple[str, ...]
 
     def __init__(
         self,
@@ -46,15 +52,32 @@ class _Mixer(nn.Module):
         self.dropout = dropout
         self.impl = impl
 
-    def _choices(self, length: int) -> dict[str, Any]:
+    def check_decodable(self) -> None:
+        """Refuse to decode token by token what would not be what the model gives to whole sequences.
+
+        Raises:
+            ValueError: If tokens see later ones, or the normaliser divides by the length of the sequence.
+        """
+        if not self.causal:
+            raise ValueError(
+                "causal (False) must be True to decode with a cache: each new token changes what all others see; "
+                "set enable_kv_cache=False"
+            )
+        if self.normalizer not in self.decodable:
+            raise ValueError(
+                f"normalizer ({self.normalizer!r}) must be {' or '.join(self.decodable)} to decode with a cache: this "
+                "one divides by the length of the sequence, which each new token changes; set enable_kv_cache=False, "
+                "or train with model.normalizer=visible"
+            )
+
+    def _bias(self, length: int) -> Tensor | None:
+        return None if self.position_bias is None else self.position_bias(length)
+
+    def _choices(self) -> dict[str, Any]:
         return {
-            "bias": None if self.position_bias is None else self.position_bias(length),
-            "causal": self.causal,
             "activation": self.activation,
-            "normalizer": self.normalizer,
             "dropout": self.dropout if self.training else 0.0,
             "impl": self.impl,
-            "silu": True,
         }
 
 
@@ -62,6 +85,7 @@ class QuadraticMixer(_Mixer):
     """FLASH-Quad: every token attends to its whole document (paper section 2)."""
 
     num_projections = 2
+    decodable = ("visible",)
 
     def forward(self, qk: tuple[Tensor, ...], v: Tensor, gate: Tensor, segments: Segments | None) -> Tensor:
         """Mix values and gate the result.
@@ -76,13 +100,33 @@ class QuadraticMixer(_Mixer):
             ``[b, s, e]``.
         """
         q, k = qk
-        return quadratic_attention(q, k, v, gate=gate, segments=segments, **self._choices(v.shape[1]))
+        return quadratic_attention(
+            q,
+            k,
+            v,
+            gate=gate,
+            bias=self._bias(v.shape[1]),
+            segments=segments,
+            causal=self.causal,
+            normalizer=self.normalizer,
+            silu=True,
+            **self._choices(),
+        )
+
+    def decode(self, qk: tuple[Tensor, ...], v: Tensor, gate: Tensor, cache: FlashCache, new: NewTokens) -> Tensor:
+        """Mix the values of new tokens and of those in the cache, which keeps the new ones; as :meth:`forward`."""
+        q, k = qk
+        memory = cache.document_memory()
+        bias = self._bias(tokens_held(memory, new))
+        return quadratic_decode(q, k, v, gate, memory, new, bias=bias, **self._choices())
 
 
 class MixedChunkMixer(_Mixer):
     """FLASH: quadratic inside chunks of ``chunk_size`` tokens, linear across them (paper section 3.1)."""
 
     num_projections = 4
+    decodable = ("visible", "chunk")
+    chunk_size: int
 
     def __init__(self, chunk_size: int, **choices: Any) -> None:
         super().__init__(**choices)
@@ -110,8 +154,30 @@ class MixedChunkMixer(_Mixer):
             v,
             chunk_size=self.chunk_size,
             gate=gate,
+            bias=self._bias(self.chunk_size),
             segments=segments,
-            **self._choices(self.chunk_size),
+            causal=self.causal,
+            normalizer=self.normalizer,
+            silu=True,
+            **self._choices(),
         )
         assert isinstance(out, Tensor)
         return out
+
+    def decode(self, qk: tuple[Tensor, ...], v: Tensor, gate: Tensor, cache: FlashCache, new: NewTokens) -> Tensor:
+        """Mix the values of new tokens and of those in the cache, which keeps the new ones; as :meth:`forward`."""
+        q_local, k_local, q_global, k_global = qk
+        return mixed_chunk_decode(
+            q_local,
+            k_local,
+            q_global,
+            k_global,
+            v,
+            gate,
+            cache.chunk_memory(),
+            new,
+            chunk_size=self.chunk_size,
+            bias=self._bias(self.chunk_size),
+            normalizer=self.normalizer,
+            **self._choices(),
+        )

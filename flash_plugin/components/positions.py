@@ -12,40 +12,52 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import RotaryPositionalEmbeddings
 
-from flash_plugin.kernels.layout import state_dtype
-
 POSITION_BIASES = ("none", "rope", "toeplitz", "t5")
+
+
+def position_rows(input_pos: Tensor, batch: int, length: int) -> Tensor:
+    """Return ``input_pos`` as ``[1 or b, s]``; torchtune also passes ``[s]``, ``[b]`` for one token a row, and ``[]``.
+
+    Raises:
+        ValueError: If there is not one position for each token.
+    """
+    position = input_pos
+    if position.dim() < 2:
+        position = position.reshape(-1, 1) if length == 1 else position[None]
+    if position.dim() != 2 or position.shape[0] not in (1, batch) or position.shape[1] != length:
+        raise ValueError(
+            f"input_pos (shape {tuple(input_pos.shape)}) must be [b, s] or [s] for tokens of shape "
+            f"{(batch, length)}; pass one position for each token"
+        )
+    return position
 
 
 class RotaryPositions(RotaryPositionalEmbeddings):
     """Rotary embeddings (Su et al. 2021) on the first ``dim`` features of ``[b, s, z]`` queries and keys.
 
     Angles and the pairing of neighbouring features are torchtune's (and FLASH-pytorch's), and so is the table with its
-    ``rope_init``; only the rotation is our own, one complex product instead of ten element-wise passes.
+    ``rope_init``; only the rotation is our own, and :func:`flash_plugin.kernels.offset_scale` does it.
 
     Args:
         dim: How many features rotate; even.
         max_seq_len: Length of the table.
         base: Base of the geometric progression of wavelengths.
+        unlimited: Compute angles at any position in place of a table, in float64: far positions stay exact.
     """
+
+    def __init__(self, dim: int, max_seq_len: int, base: float, *, unlimited: bool = False) -> None:
+        super().__init__(dim, 0 if unlimited else max_seq_len, base)
+        self.unlimited = unlimited
 
     def angles(self, length: int, position: Tensor | None) -> Tensor:
         """Cosine and sine at each token, ``[s, dim / 2, 2]``, or ``[b, s, dim / 2, 2]`` for given positions."""
-        return self.cache[:length] if position is None else self.cache[position]
-
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """Rotate ``[b, s, z]`` by :meth:`angles`, computed in float32 (or float64)."""
-        dtype = state_dtype(x.dtype)
-        pairs = x[..., : self.dim].to(dtype).unflatten(-1, (-1, 2))
-        angles = angles.to(dtype)
-        if torch.compiler.is_compiling():
-            # Inductor fuses real arithmetic and cannot generate complex.
-            (cosine, sine), (first, second) = angles.unbind(-1), pairs.unbind(-1)
-            rotated = torch.stack((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        else:
-            rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(angles))
-        rotated = rotated.flatten(-2).to(x.dtype)
-        return rotated if self.dim == x.shape[-1] else torch.cat([rotated, x[..., self.dim :]], dim=-1)
+        if not self.unlimited:
+            return self.cache[:length] if position is None else self.cache[position]
+        if position is None:
+            position = torch.arange(length, device=self.cache.device)
+        exponent = torch.arange(0, self.dim, 2, device=position.device, dtype=torch.float64) / self.dim
+        angle = position[..., None].double() * self.base**-exponent
+        return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
 class ScaledSinusoid(nn.Module):

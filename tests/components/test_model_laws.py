@@ -213,8 +213,3 @@ def test_positions_of_every_shape_torchtune_uses(shape: str) -> None:
     built, tokens = model(), torch.randint(VOCABULARY, (3, 9))
     position = {"[s]": torch.arange(9), "[1, s]": torch.arange(9)[None], "[b, s]": torch.arange(9).expand(3, -1)}[shape]
     assert_close(built(tokens, input_pos=position), built(tokens), "law_fp32")
-
-
-def test_a_cache_is_refused_with_the_remedy() -> None:
-    with pytest.raises(RuntimeError, match="enable_kv_cache=False"):
-        model().setup_caches(1, torch.float32, decoder_max_seq_len=16)
