@@ -45,7 +45,7 @@ def test_the_model_builds_and_runs_on_the_meta_device(path: Path) -> None:
         model = config.instantiate(cfg.model)
         logits = model(torch.zeros(2, 24, dtype=torch.long), input_pos=torch.zeros(2, 24, dtype=torch.long))
     assert logits.shape == (2, 24, model.tok_embeddings.num_embeddings)
-    window = cfg.tokenizer.get("max_seq_len")
+    window = OmegaConf.select(cfg, "tokenizer.max_seq_len")
     assert window is None or window <= model.max_seq_len
 
 
