@@ -10,6 +10,7 @@ from flash_plugin.components.gau import GatedAttentionUnit
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
 from flash_plugin.kernels.new_tokens import NewTokens
+from flash_plugin.kernels.token_shift import shift_tokens
 
 
 class FlashLayer(TransformerSelfAttentionLayer):
@@ -108,23 +109,3 @@ class FlashLayer(TransformerSelfAttentionLayer):
                 features = shift_tokens(features, new.segments, cache.shift(features, new))
             normalised = torch.cat([features, kept], dim=-1)
         return x + self.attn(normalised, segments, new)
-
-
-def shift_tokens(features: Tensor, segments: Segments | None, before: Tensor | None = None) -> Tensor:
-    """Give each token the features of its predecessor in the same document, 0 where there is none.
-
-    Args:
-        features: ``[b, s, d/2]``.
-        segments: Documents; None means one a row.
-        before: Features of the token before the first one, ``[b, 1, d/2]``; None means that there is none.
-
-    Returns:
-        ``[b, s, d/2]``.
-    """
-    if before is None:
-        before = torch.zeros_like(features[:, :1])
-    previous = features[:, :-1]
-    if segments is not None:
-        index = torch.arange(1, features.shape[1], device=features.device)
-        previous = previous.masked_fill((segments.start[:, 1:] == index)[..., None], 0.0)
-    return torch.cat([before, previous], dim=1)

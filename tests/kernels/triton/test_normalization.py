@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_plugin.kernels import make_segments
+from flash_plugin.kernels.triton.norm_kernels import norm_backward_kernel, norm_kernel
 from flash_plugin.kernels.triton.normalization import norm as operator
 from flash_plugin.kernels.triton.normalization import norm_backward
 from tests.kernels.cases import LAYOUTS, make_layout, segments_of
@@ -44,6 +45,15 @@ def test_half_precision_is_rounded_once(norm, dtype):
 def test_many_blocks_a_program_add_up(monkeypatch):
     monkeypatch.setattr("flash_plugin.kernels.triton.partial_sums._PROGRAMS", 2)
     check("rms", make_layout("packed", 2, 301), inputs_for("rms", 2, 301, 100), [torch.float32], "triton")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_every_configuration_that_tuning_may_choose(number, monkeypatch):
+    # The larger tiles hold more rows than a program of the backward sums.
+    for kernel in (norm_kernel, norm_backward_kernel):
+        assert len(kernel.configs) == 3
+        monkeypatch.setattr(kernel, "configs", kernel.configs[number : number + 1])
+    check("rms", make_layout("packed", 2, 70), inputs_for("rms", 2, 70, 100), [torch.float32], "triton")
 
 
 def leaves(norm: str = "rms") -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flash_plugin.kernels import offset_scale
 from flash_plugin.kernels.triton.offset_scale import offset_scale as operator
 from flash_plugin.kernels.triton.offset_scale import offset_scale_backward
+from flash_plugin.kernels.triton.offset_scale_kernels import offset_scale_backward_kernel, offset_scale_kernel
 from tests.kernels.test_offset_scale import ROWS, angles_for, check, inputs_for
 from tests.kernels.test_validation import refused
 from tests.tolerances import assert_close
@@ -39,6 +40,14 @@ def test_many_blocks_a_program_add_up(monkeypatch):
     # What a sequence of a hundred thousand tokens does: each program sums several blocks.
     monkeypatch.setattr("flash_plugin.kernels.triton.partial_sums._PROGRAMS", 2)
     check(inputs_for(2, 301, 32, 4), angles_for(301, 32, 0), [torch.float32], OPS, silu=True)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_every_configuration_that_tuning_may_choose(number, monkeypatch):
+    for kernel in (offset_scale_kernel, offset_scale_backward_kernel):
+        assert len(kernel.configs) == 3
+        monkeypatch.setattr(kernel, "configs", kernel.configs[number : number + 1])
+    check(inputs_for(2, 70, 24, 3), angles_for(70, 8, 0), [torch.float32], OPS, silu=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
