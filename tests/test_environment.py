@@ -34,7 +34,7 @@ def environment(**changes: str | None) -> Callable[[str], str]:
     [
         {},
         {"torch": "2.11.0+cu130"},
-        {"torch": "2.13.1a0+gitabc", "torchao": "0.9"},
+        {"torch": "2.13.1a0+gitabc", "torchao": "0.10"},
         {"torchtune": "0.6.1+cpu", "torchao": "0.15.0.post1"},
     ],
 )
