@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from flash_plugin.components.gau import GatedAttentionUnit
+from flash_plugin.components.norms import RMSNorm, ScaleNorm
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
 from flash_plugin.kernels.new_tokens import NewTokens
-from flash_plugin.kernels.token_shift import shift_tokens
+from flash_plugin.kernels.token_shift import shift_half, shift_tokens
 
 
 class FlashLayer(TransformerSelfAttentionLayer):
@@ -100,12 +101,14 @@ class FlashLayer(TransformerSelfAttentionLayer):
             raise ValueError(
                 "input_pos (None) must be given while the cache is enabled; pass each token's position in its document"
             )
-        normalised = self.sa_norm(x)
-        if self.token_shift:
-            features, kept = normalised.chunk(2, dim=-1)
-            if cache is None or new is None:
-                features = shift_tokens(features, segments)
-            else:
-                features = shift_tokens(features, new.segments, cache.shift(features, new))
+        if not self.token_shift:
+            normalised = self.sa_norm(x)
+        elif cache is not None and new is not None:
+            features, kept = self.sa_norm(x).chunk(2, dim=-1)
+            features = shift_tokens(features, new.segments, cache.shift(features, new))
             normalised = torch.cat([features, kept], dim=-1)
+        elif isinstance(self.sa_norm, RMSNorm | ScaleNorm):
+            normalised = self.sa_norm(x, token_shift=True, segments=segments)
+        else:
+            normalised = shift_half(self.sa_norm(x), segments)
         return x + self.attn(normalised, segments, new)

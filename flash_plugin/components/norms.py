@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flash_plugin.kernels import rms_norm
-from flash_plugin.kernels.layout import state_dtype
+from flash_plugin.kernels import Segments, rms_norm, scale_norm
 from flash_plugin.kernels.validation import is_number
 
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
@@ -24,9 +23,9 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps)
         self.epsilon = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., d]``."""
-        return rms_norm(x, self.weight, self.epsilon)
+    def forward(self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None) -> Tensor:
+        """Normalise ``[..., d]``, and shift tokens ``[b, s, d]`` in the same pass where the op can."""
+        return rms_norm(x, self.weight, self.epsilon, token_shift=token_shift, segments=segments)
 
 
 class ScaleNorm(nn.Module):
@@ -44,11 +43,9 @@ class ScaleNorm(nn.Module):
         # One element, not a scalar: FSDP cannot shard a parameter without axes.
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., d]`` in float32 (or float64), keeping the dtype."""
-        wide = x.to(state_dtype(x.dtype))
-        root_mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * self.dim**-0.5
-        return (wide / root_mean_square.clamp(min=self.eps)).to(x.dtype) * self.scale
+    def forward(self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None) -> Tensor:
+        """Normalise ``[..., d]``, and shift tokens ``[b, s, d]`` in the same pass where the op can."""
+        return scale_norm(x, self.scale, self.eps, token_shift=token_shift, segments=segments)
 
 
 def build_norm(name: str, dim: int, eps: float) -> nn.Module:

@@ -33,11 +33,11 @@ def floats(inputs: Tensors, dtype: torch.dtype = torch.float32) -> Tensors:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_the_oracle_s_values_and_gradients(layout, causal):
     rng = random.Random(seed_of(layout, causal))
-    for normalize in (False, True):
-        s, (z, e) = rng.choice((129, 150)), rng.choice([(16, 48), (40, 16), (5, 7)])
-        inputs = inputs_for(2, 1, s, z, e, state=causal and rng.random() < 0.7)
-        options = {"causal": causal, "normalize": normalize, "scale": rng.choice([1.0, 0.37]), "eps": 0.01}
-        check(make_layout(layout, 2, s), inputs, [torch.float32], OPS, **options)
+    s, (z, e) = rng.choice((129, 150)), rng.choice([(16, 48), (40, 16), (5, 7)])
+    inputs = inputs_for(2, 1, s, z, e, state=causal and rng.random() < 0.7)
+    # each layout once as a sum and once as a quotient
+    options = {"causal": causal, "normalize": causal == LAYOUTS.index(layout) % 2, "scale": rng.choice([1.0, 0.37])}
+    check(make_layout(layout, 2, s), inputs, [torch.float32], OPS, **options, eps=0.01)
 
 
 @pytest.mark.parametrize("s", [1, 63, 64, 257])
@@ -197,8 +197,7 @@ def arguments(causal: bool, normalize: bool) -> tuple[Any, ...]:
 
 @CAUSAL
 def test_the_operator_passes_opcheck(causal):
-    for normalize in (False, True):
-        torch.library.opcheck(linear, arguments(causal, normalize))
+    torch.library.opcheck(linear, arguments(causal, normalize=causal))
 
 
 @HALF
