@@ -16,14 +16,12 @@ from flash_plugin.kernels.validation import (
     check_segments,
     check_state,
     check_values,
-    dtype_not_in_triton,
+    size_not_in_triton,
     use_triton,
 )
 
 # Tokens worked on at once: pairs inside a block cost block * (z + e) a token, the state z * e / block.
 _BLOCK = 128
-# CUDA's limit for the second axis of a grid, on which the Triton kernels put the batch.
-_MOST_ROWS = 65535
 
 
 @like_matrix_products
@@ -74,7 +72,7 @@ def linear_attention(
     check_key_sum(initial_state, sums_keys)
     segmented = segments is not None and not segments.single
     layout = Layout.of(segments if segmented else None, length, None, v.device)
-    if use_triton(impl, v, _not_in_triton(v)):
+    if use_triton(impl, v, size_not_in_triton(v)):
         from flash_plugin.kernels.triton.calls import call_linear
 
         out, kv, key_sum = call_linear(
@@ -124,9 +122,3 @@ def linear_attention(
     assert final is not None
     final = final.unflatten(0, (batch, heads))
     return out, LinearState(final[..., :-1], counted(layout, initial_state, batch), final[..., -1])
-
-
-def _not_in_triton(v: Tensor) -> str | None:
-    if v.shape[0] * v.shape[1] > _MOST_ROWS:
-        return f"batch times heads = {v.shape[0] * v.shape[1]} (at most {_MOST_ROWS})"
-    return dtype_not_in_triton(v.dtype)

@@ -105,7 +105,7 @@ def mixed_chunk_attention(
     initial_kv = None if initial_state is None else initial_state.kv
 
     final: Tensor | None
-    if use_triton(impl, v, not_in_triton(activation, dropout, v.dtype)):
+    if use_triton(impl, v, not_in_triton(activation, dropout, v)):
         from flash_plugin.kernels.triton.calls import call_mixed_chunk
 
         # A bidirectional global part takes in its whole row, so that of several documents is left to linear attention.
@@ -133,7 +133,7 @@ def mixed_chunk_attention(
         if apart:
             values = F.silu(v) if silu else v
             across = linear_attention(
-                (q_global * factor[..., None].to(v.dtype)).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
+                (_times(q_global, factor)).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
                 causal=False, segments=segments, impl=impl,
             )  # fmt: skip
             assert isinstance(across, Tensor)
@@ -147,7 +147,7 @@ def mixed_chunk_attention(
         mixed, final = mixed_chunk_batched(
             q_local,
             k_local,
-            q_global * factor[..., None].to(v.dtype),
+            _times(q_global, factor),
             k_global,
             F.silu(v) if silu else v,
             bias,
@@ -166,3 +166,8 @@ def mixed_chunk_attention(
         return out
     assert final is not None
     return out, LinearState(final, counted(layout, initial_state, v.shape[0]))
+
+
+def _times(queries: Tensor, factor: Tensor) -> Tensor:
+    """``[b, s, z]`` times ``[b, s]``, rounded once: a rounded factor would be off for all features alike."""
+    return (queries.to(factor.dtype) * factor[..., None]).to(queries.dtype)

@@ -77,7 +77,7 @@ def quadratic_attention(
     layout = Layout.of(segments, length, None, q.device)
     if scale is None:
         scale = default_scale(normalizer, q.shape[-1], length)
-    if use_triton(impl, v, not_in_triton(activation, dropout, v.dtype)):
+    if use_triton(impl, v, not_in_triton(activation, dropout, v)):
         from flash_plugin.kernels.triton.calls import call_quadratic
 
         return call_quadratic(

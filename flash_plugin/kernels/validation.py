@@ -10,6 +10,8 @@ from flash_plugin.kernels.layout import NORMALIZERS, LinearState
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.triton.availability import why_unavailable
 
+# Programs along the second and third axis of a CUDA grid, on which the kernels put rows.
+_MOST_ROWS = 65535
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -58,18 +60,21 @@ def use_triton(impl: str, tensor: Tensor, unsupported: str | None = None) -> boo
     return reason is None
 
 
-def not_in_triton(activation: str, dropout: float, dtype: torch.dtype) -> str | None:
+def not_in_triton(activation: str, dropout: float, v: Tensor) -> str | None:
     """What of a call the Triton kernels of attention lack, for :func:`use_triton`; None if nothing."""
     if activation == "softmax":
         return "activation='softmax'"
     if dropout > 0.0:
         return f"dropout={dropout}"
-    return dtype_not_in_triton(dtype)
+    return size_not_in_triton(v)
 
 
-def dtype_not_in_triton(dtype: torch.dtype) -> str | None:
-    """The dtype, if the Triton kernels lack it."""
-    return None if dtype in (torch.bfloat16, torch.float16, torch.float32) else f"dtype {dtype}"
+def size_not_in_triton(v: Tensor) -> str | None:
+    """The dtype, or the number of rows ``[rows, s, e]`` or ``[b, h, s, e]``, if the Triton kernels lack it."""
+    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {v.dtype}"
+    rows = v.shape[:-2].numel()
+    return f"batch times heads = {rows} (at most {_MOST_ROWS})" if rows > _MOST_ROWS else None
 
 
 def check_chunk_size(chunk_size: object) -> None:

@@ -142,7 +142,9 @@ def _apply_tensor_scale(q: Tensor, scale: float | Tensor) -> tuple[Tensor, float
 
 def _gain(activation: str, scale: float, bias: Tensor | None, qk_dim: int) -> float:
     """What keeps the weights of order one: with a scale of 1/L inside its square, relu2 would flush in float16."""
-    return 1.0 / (scale**2 * qk_dim) if activation == "relu2" and bias is None and scale else 1.0
+    if activation != "relu2" or bias is not None or not 1e-12 < abs(scale) < 1e12:
+        return 1.0
+    return 1.0 / (scale**2 * qk_dim)
 
 
 def _row_scale(normalizer: str, activation: str, layout: Layout, causal: bool, gain: float) -> Tensor | None:

@@ -98,7 +98,7 @@ def compute_scores(
     wide = weights.dtype if bias is None else torch.float32
     slopes = torch.empty_like(weights, dtype=wide) if with_slopes else None
     scores.scores_kernel[lambda meta: (panel.rows // plan.tile, panel.width // meta["BLOCK_C"], batch)](
-        *(local or (None, None)), *(linear or (None, None)), bias,
+        *(local or (None, None)), *(linear or (None, None)), None if bias is None else bias.contiguous(),
         bounds.first, bounds.last, bounds.document, bounds.real, plan.begin, plan.end, weights, slopes,
         length, _stride(plan, length), _stride(plan, plan.tiles), panel.row0, panel.col0 or 0, panel.rows, panel.width,
         options.scale, options.gain, 0 if bias is None else bias.shape[0] // 2,
@@ -238,7 +238,7 @@ def state_gradient(
     z = out.shape[-1]
     block = block_size(z, x.dtype)
     projections.state_gradient_kernel[(plan.tiles, _blocks(z, block), batch)](
-        x, states.tensor, None if mark is None else mark.to(torch.int8), direct, plan.begin, out,
+        x, states.tensor, None if mark is None else mark.to(torch.int8).contiguous(), direct, plan.begin, out,
         length, _stride(plan, length), _stride(plan, plan.tiles), states.stride, states.tensor.shape[1], states.spacing,
         Z=z, E=e, BLOCK_Z=block, TILE=plan.tile, QUERIES=queries, DIRECT=direct is not None, MARKED=mark is not None,
         EVEN_ROWS=length % plan.tile == 0, PRECISION=input_precision(x.dtype),

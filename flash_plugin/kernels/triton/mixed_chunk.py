@@ -163,7 +163,7 @@ def mixed_chunk_backward(
             plan, _masked(q_global, reads), dmixed, grad_final, reverse=True, final=initial is not None
         )
     elif linear:
-        backward_states = States((q_global.mT @ dmixed).unsqueeze(1), _WHOLE)
+        backward_states = _sum_of_all(q_global, dmixed)
 
     weights, slopes = launch.compute_scores(
         plan, panel, Options(activation, scale, gain), (q_local, k_local), (q_global, k_global), bias, with_slopes=True
@@ -261,9 +261,16 @@ def _states(
     if not linear:
         return None, None
     if plan.bounds.last is not None:
-        return States((keys.mT @ values).unsqueeze(1), _WHOLE), None
+        return _sum_of_all(keys, values), None
     keys = _masked(keys, plan.enters_state() if plan.direct else None)
     return launch.running_states(plan, keys, values, initial, reverse=False, final=final)
+
+
+def _sum_of_all(x: Tensor, y: Tensor) -> States:
+    """The one state of rows whose tokens all see each other."""
+    # A backward may run where autocast is on; it must not choose the dtype of what kernels read.
+    with torch.autocast(x.device.type, enabled=False):
+        return States((x.mT @ y).unsqueeze(1), _WHOLE)
 
 
 def _masked(tensor: Tensor, mark: Tensor | None) -> Tensor:

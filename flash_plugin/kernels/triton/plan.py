@@ -152,7 +152,7 @@ def _with_bands(
     return Plan(
         bounds, tile, spacing, states, width, direct, begin=_narrow(begin), end=_narrow(end),
         row_begin=_narrow(row_begin), row_end=_narrow(row_end), key_rows=_narrow(key_rows),
-        query_rows=_narrow(query_rows), keep=keep.float(),
+        query_rows=_narrow(query_rows), keep=keep.float().contiguous(),
     )  # fmt: skip
 
 

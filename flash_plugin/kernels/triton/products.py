@@ -55,6 +55,11 @@ def mix_kernel(
     row_tile = row0 // TILE + panel_tile
     begin = tl.load(begin_ptr + batch * tile_stride + row_tile)
     end = tl.maximum(tl.load(end_ptr + batch * tile_stride + row_tile), begin)
+    if not HAS_STATE or Z == 128:
+        # Tiles begin at multiples of their size: told so, the compiler reads rows of weights sixteen bytes at a time.
+        # With states of other widths it then makes the tensor cores of sm_90 wait at each step, which is worse.
+        begin = tl.multiple_of(begin, TILE)
+        end = tl.multiple_of(end, TILE)
     tile = tl.arange(0, TILE)
     step = tl.arange(0, BLOCK_K)
     rows = row_tile * TILE + tile
@@ -79,7 +84,7 @@ def mix_kernel(
                 limit = Z - (k0 - end)
         left_at = left + tile[:, None] * stride + step[None, :]
         right_at = right + step[:, None] * E + column[None, :]
-        if EVEN_ROWS and OUT % BLOCK_E == 0 and Z % BLOCK_K == 0:
+        if EVEN_ROWS and OUT % BLOCK_E == 0 and (not HAS_STATE or Z % BLOCK_K == 0):
             a = tl.load(left_at)
             x = tl.load(right_at)
         else:
@@ -156,7 +161,7 @@ def value_gradient_kernel(
                 limit = Z - (k0 - end)
         left_at = left + step[:, None] * stride + tile[None, :]
         right_at = right + step[:, None] * E + column[None, :]
-        if EVEN_ROWS and OUT % BLOCK_E == 0 and Z % BLOCK_K == 0:
+        if EVEN_ROWS and OUT % BLOCK_E == 0 and (not HAS_STATE or Z % BLOCK_K == 0):
             a = tl.load(left_at)
             x = tl.load(right_at)
         else:

@@ -93,11 +93,13 @@ class TunedKernel:
         return functools.partial(self._run, grid)
 
     def _run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
-        tune = len(self.configs) > 1 and os.environ.get("FLASH_PLUGIN_AUTOTUNE") == "1" and not interpreted()
+        usable = self.usable(args, kwargs)
+        # Triton 3.6 times even a single candidate, and would run a kernel that accumulates many times over.
+        tune = len(usable) > 1 and os.environ.get("FLASH_PLUGIN_AUTOTUNE") == "1" and not interpreted()
         # Triton launches on the current device, whatever device the tensors are on.
         tensor = next(argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor))
         with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-            self._launch(grid, args, kwargs, None if tune else self.usable(args, kwargs)[0])
+            self._launch(grid, args, kwargs, None if tune else usable[0])
 
     def _launch(self, grid: Grid, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config | None) -> None:
         """Launch with ``config``, or with the fastest one if None."""

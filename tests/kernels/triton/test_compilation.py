@@ -61,8 +61,7 @@ _EPILOGUE = "a sum of 128 by 256 takes half of the registers; gate and output, r
 _PLAIN = "float32 products run on the plain cores, where the assembler keeps to 96 registers and may miss a few"
 
 STATED: tuple[Stated, ...] = (
-    Stated(_SPILLED, "mix_kernel", "TILE=128", 144, _EPILOGUE),
-    Stated(_SPILLED, "mix_kernel", "TILE=64", 32, _PLAIN),
+    Stated(_SPILLED, "mix_kernel", "TILE=128", 224, _EPILOGUE),
     Stated(_SPILLED, "scores_kernel", "TILE=64", 32, _PLAIN),
     Stated(_SPILLED, "score_gradient_kernel", "TILE=64", 32, _PLAIN),
     Stated(_SPILLED, "state_gradient_kernel", "TILE=64", 32, _PLAIN),

@@ -64,10 +64,10 @@ def test_widths_of_several_blocks_and_of_parts_of_one(z, e):
 
 
 def test_strides_do_not_matter():
-    inputs = inputs_for(2, 130, 16, 32, 64, gate=True)
+    inputs = inputs_for(2, 130, 16, 32, 64, gate=True, bias=True)
     expected = mixed_chunk_attention(**{n: x.float() for n, x in inputs.items()}, chunk_size=64, impl="triton")
-    strided = {n: x.float().mT.contiguous().mT for n, x in inputs.items()}
-    assert not strided["v"].is_contiguous()
+    strided = {n: x.float()[..., None].expand(*x.shape, 2).contiguous()[..., 0] for n, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in strided.values())
     assert torch.equal(mixed_chunk_attention(**strided, chunk_size=64, impl="triton"), expected)
 
 
@@ -95,3 +95,9 @@ def test_memory_grows_with_the_sequence_alone(layout):
         sizes[s] = largest_tensor(step)
     assert sizes[1024] <= 2 * sizes[512]
     assert sizes[1024] < 1024 * 1024 / 4
+
+
+def test_more_rows_than_a_grid_has_are_refused():
+    q, v = torch.empty(65536, 1, 16, device="meta"), torch.empty(65536, 1, 16, device="meta")
+    with pytest.raises(ValueError, match=r"with batch times heads = 65536 \(at most 65535\)"):
+        mixed_chunk_attention(q, q, q, q, v, chunk_size=16, impl="triton")
