@@ -28,6 +28,7 @@ _COMPONENTS = {
     "cache": ("FlashCache",),
     "initialization": ("initialize_weights",),
     "checkpointer": ("FlashCheckpointer",),
+    "optimizers": ("adamw",),
     "quantizers": ("Int8DynActInt8WeightQuantizer", "Int8WeightOnlyQuantizer"),
     "tokenizers": ("TiktokenTokenizer", "byte_tokenizer", "tiktoken_tokenizer"),
     "datasets": ("text_dataset", "token_dataset"),
