@@ -145,6 +145,7 @@ def mixed_chunk(
     activation: str = "relu2",
     normalizer: str = "visible",
     scale: float | Tensor | None = None,
+    softcap: float | None = None,
     silu: bool = False,
     initial_state: State | None = None,
 ) -> tuple[Tensor, State]:
@@ -157,6 +158,8 @@ def mixed_chunk(
     for row in range(b):
         document, chunk = documents[row], chunks[row]
         scores = add_bias(factor * q_local[row].double() @ k_local[row].double().T, bias)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         local = weigh(scores, who_sees(chunk, document, causal), activation, normalizer) @ values[row]
 
         queries, keys = q_global[row].double(), k_global[row].double()

@@ -54,17 +54,20 @@ def gated(mixed: Tensor, gate: Tensor | None, silu: bool) -> Tensor:
     return (mixed.to(dtype) * opened).to(mixed.dtype)
 
 
-def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tensor:
+def attention_weights(scores: Tensor, visible: Tensor, activation: str, softcap: float | None = None) -> Tensor:
     """Turn scores into attention weights, 0 where a key is not visible.
 
     Args:
         scores: ``scale * q.k + bias``, ``[..., queries, keys]``.
         visible: True where the query sees the key, broadcastable to ``scores``.
         activation: One of :data:`ACTIVATIONS`.
+        softcap: Bound that the scores approach: they become ``softcap * tanh(scores / softcap)`` first.
 
     Returns:
         The weights, of the shape and dtype of ``scores``; rows that see nothing are 0.
     """
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if activation == "softmax":
         # A finite floor instead of -inf: rows that see nothing stay free of NaN in forward and backward.
         floor = torch.finfo(scores.dtype).min

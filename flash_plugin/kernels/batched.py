@@ -67,6 +67,7 @@ def mixed_chunk_batched(
     normalizer: str,
     scale: float | Tensor,
     dropout: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mixed chunk attention without its gate; ``q_scaled`` already carries the global normaliser.
 
@@ -88,7 +89,7 @@ def mixed_chunk_batched(
     scores = _scores(q1.to(dtype), k1.to(dtype), offsets) * scale
     if bias is not None:
         scores = scores + bias.to(dtype)[(queries - keys).clamp(1 - chunk_size, chunk_size - 1) + chunk_size - 1]
-    weights = attention_weights(scores, visible, activation)
+    weights = attention_weights(scores, visible, activation, softcap)
     divisor = local_divisor(normalizer, activation, layout, causal, dtype)
     if divisor is not None:
         weights = weights / _cut(divisor, size, fill=1.0)[..., None]

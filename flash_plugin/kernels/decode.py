@@ -33,7 +33,7 @@ class ChunkMemory:
     Attributes:
         k_local: Local keys of the current chunk, ``[b, c, z]``; the token at position p lies in slot p modulo c.
         k_global: Global keys of the current chunk, ``[b, c, z]``.
-        values: Its values after SiLU, ``[b, c, e]``.
+        values: Its values, after SiLU if there is one, ``[b, c, e]``.
         kv: Sum of ``k_global^T v`` over the whole document, the current chunk included, ``[b, z, e]`` in float32 (or
             float64). With the chunk in the sum, a token adds to it alone and no chunk is ever folded in.
     """
@@ -46,7 +46,7 @@ class ChunkMemory:
 
 @dataclass(frozen=True)
 class DocumentMemory:
-    """What FLASH-Quad holds of each row: keys ``[b, n, z]`` and values after SiLU ``[b, n, e]``, as they were given."""
+    """What FLASH-Quad holds of each row, as it was given: keys ``[b, n, z]``, values ``[b, n, e]`` after any SiLU."""
 
     keys: Tensor
     values: Tensor
@@ -59,7 +59,7 @@ def mixed_chunk_decode(
     q_global: Tensor,
     k_global: Tensor,
     v: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     memory: ChunkMemory,
     new: NewTokens,
     *,
@@ -69,16 +69,18 @@ def mixed_chunk_decode(
     normalizer: str,
     dropout: float,
     impl: str,
+    softcap: float | None = None,
+    silu: bool = True,
 ) -> Tensor:
-    """Causal :func:`flash_plugin.kernels.mixed_chunk_attention` with SiLU, for tokens behind those held.
+    """Causal :func:`flash_plugin.kernels.mixed_chunk_attention`, for tokens behind those held.
 
     Args:
         q_local: Queries inside the chunk, ``[b, s, z]``.
         k_local: Keys inside the chunk, ``[b, s, z]``.
         q_global: Queries across chunks, ``[b, s, z]``.
         k_global: Keys across chunks, ``[b, s, z]``.
-        v: Values before SiLU, ``[b, s, e]``.
-        gate: Gate before SiLU, ``[b, s, e]``.
+        v: Values, ``[b, s, e]``.
+        gate: Multiplies the result, ``[b, s, e]``, or None.
         memory: What is held; written in place.
         new: Where the tokens lie.
         chunk_size: Tokens of a chunk, c.
@@ -87,14 +89,17 @@ def mixed_chunk_decode(
         normalizer: ``visible`` or ``chunk``.
         dropout: Probability of zeroing a local attention weight.
         impl: Implementation of the op for several tokens.
+        softcap: Bound that the local scores approach.
+        silu: Apply SiLU to ``v`` and ``gate``.
 
     Returns:
         ``[b, s, e]`` in the dtype of ``v``.
     """
-    tokens = [q_local, k_local, q_global, k_global, F.silu(v)]
+    tokens = [q_local, k_local, q_global, k_global, F.silu(v) if silu else v]
     if v.shape[1] == 1:
-        mixed = _chunk_step(tokens, memory, new.step(chunk_size), new, bias, activation, normalizer, dropout)
-        return gated(mixed, gate, silu=True)
+        step = new.step(chunk_size)
+        mixed = _chunk_step(tokens, memory, step, new, bias, activation, normalizer, softcap, dropout)
+        return gated(mixed, gate, silu)
     state, segments, behind = None, new.segments, 0
     if _begins_chunk(new, chunk_size):
         segments = None
@@ -105,12 +110,12 @@ def mixed_chunk_decode(
         behind = chunk_size
     result = mixed_chunk_attention(
         *tokens, chunk_size=chunk_size, bias=bias, segments=segments, activation=activation, normalizer=normalizer,
-        dropout=dropout, initial_state=state, return_state=True, impl=impl,
+        softcap=softcap, dropout=dropout, initial_state=state, return_state=True, impl=impl,
     )  # fmt: skip
     assert isinstance(result, tuple)
     out, final = result
     _remember_chunk(memory, tokens, final, new.position[:, -1])
-    return gated(out[:, behind:], gate, silu=True)
+    return gated(out[:, behind:], gate, silu)
 
 
 @like_matrix_products
@@ -118,7 +123,7 @@ def quadratic_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     memory: DocumentMemory,
     new: NewTokens,
     *,
@@ -126,26 +131,28 @@ def quadratic_decode(
     activation: str,
     dropout: float,
     impl: str,
+    silu: bool = True,
 ) -> Tensor:
-    """Causal :func:`flash_plugin.kernels.quadratic_attention` with SiLU, for tokens behind those held.
+    """Causal :func:`flash_plugin.kernels.quadratic_attention`, for tokens behind those held.
 
     Args:
         q: Queries, ``[b, s, z]``.
         k: Keys, ``[b, s, z]``.
-        v: Values before SiLU, ``[b, s, e]``.
-        gate: Gate before SiLU, ``[b, s, e]``.
+        v: Values, ``[b, s, e]``.
+        gate: Multiplies the result, ``[b, s, e]``, or None.
         memory: What is held; written in place.
         new: Where the tokens lie.
         bias: Added to the scores, ``[2m - 1]`` for some m of at least as many tokens as are held.
         activation: Attention function.
         dropout: Probability of zeroing an attention weight.
         impl: Implementation of the op for the first tokens.
+        silu: Apply SiLU to ``v`` and ``gate``.
 
     Returns:
         ``[b, s, e]`` in the dtype of ``v``.
     """
     length, dtype = v.shape[1], state_dtype(v.dtype)
-    values = F.silu(v)
+    values = F.silu(v) if silu else v
     memory.keys.index_copy_(1, new.index, k.detach().to(memory.keys.dtype))
     memory.values.index_copy_(1, new.index, values.detach().to(memory.values.dtype))
     if new.empty and length > 1:
@@ -155,7 +162,7 @@ def quadratic_decode(
         out = quadratic_attention(
             q, k, values, bias=bias, segments=new.segments, activation=activation, dropout=dropout, impl=impl
         )
-        return gated(out, gate, silu=True)
+        return gated(out, gate, silu)
     held = tokens_held(memory, new)
     keys, held_values = memory.keys[:, :held].to(dtype), memory.values[:, :held].to(v.dtype)
     index = torch.arange(held, device=v.device)
@@ -173,7 +180,7 @@ def quadratic_decode(
         if activation != "softmax":
             weights = weights / seen[..., None].to(dtype)
         panels.append(F.dropout(weights, dropout).to(v.dtype) @ held_values)
-    return gated(torch.cat(panels, dim=1), gate, silu=True)
+    return gated(torch.cat(panels, dim=1), gate, silu)
 
 
 def tokens_held(memory: DocumentMemory, new: NewTokens) -> int:
@@ -191,6 +198,7 @@ def _chunk_step(
     bias: Tensor | None,
     activation: str,
     normalizer: str,
+    softcap: float | None,
     dropout: float,
 ) -> Tensor:
     """Mixed chunk attention of one token a row, without its gate."""
@@ -206,7 +214,7 @@ def _chunk_step(
     scores = (q_local.to(dtype) @ memory.k_local.to(dtype).mT) * scale
     if bias is not None:
         scores = scores + _at_distance(bias, slot - torch.arange(chunk_size, device=slot.device)).to(dtype)
-    weights = attention_weights(scores, step.visible, activation)
+    weights = attention_weights(scores, step.visible, activation, softcap)
     if normalizer == "visible" and activation != "softmax":
         weights = weights / step.seen[..., None].to(dtype)
     weights = F.dropout(weights, dropout)

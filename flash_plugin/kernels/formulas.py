@@ -56,6 +56,7 @@ def reference_mixed_chunk_attention(
     activation: str = "relu2",
     normalizer: str = "visible",
     scale: float | Tensor | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     initial_state: LinearState | None = None,
     return_state: bool = False,
@@ -67,7 +68,9 @@ def reference_mixed_chunk_attention(
     """
     layout = Layout.of(segments, v.shape[1], chunk_size, v.device)
     dtype = state_dtype(v.dtype)
-    weights = _local_weights(q_local, k_local, bias, layout, causal, activation, normalizer, scale, dropout, chunk_size)
+    weights = _local_weights(
+        q_local, k_local, bias, layout, causal, activation, normalizer, scale, dropout, chunk_size, softcap
+    )
     keys = layout.index[:, None, :]
     seen = (layout.document_start[:, :, None] == layout.document_start[:, None, :]) & _real_keys(layout)
     if causal:
@@ -147,6 +150,7 @@ def _local_weights(
     scale: float | Tensor | None,
     dropout: float,
     length: int,
+    softcap: float | None = None,
 ) -> Tensor:
     dtype = state_dtype(q.dtype)
     queries, keys = layout.index[:, :, None], layout.index[:, None, :]
@@ -159,7 +163,7 @@ def _local_weights(
     if bias is not None:
         # Pairs farther apart than the vector reaches are in different chunks; the clamp only keeps the index legal.
         scores = scores + bias.to(dtype)[(queries - keys).clamp(1 - length, length - 1) + length - 1]
-    weights = attention_weights(scores, visible, activation)
+    weights = attention_weights(scores, visible, activation, softcap)
     divisor = local_divisor(normalizer, activation, layout, causal, dtype)
     if divisor is not None:
         weights = weights / divisor[..., None]

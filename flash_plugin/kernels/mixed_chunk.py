@@ -26,6 +26,7 @@ from flash_plugin.kernels.validation import (
     check_gate,
     check_queries_and_keys,
     check_segments,
+    check_softcap,
     check_state,
     check_values,
     not_in_triton,
@@ -49,6 +50,7 @@ def mixed_chunk_attention(
     activation: str = "relu2",
     normalizer: str = "visible",
     scale: float | Tensor | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     initial_state: LinearState | None = None,
     return_state: bool = False,
@@ -76,6 +78,8 @@ def mixed_chunk_attention(
             s; ``chunk`` by c (causal) or s. ``paper``, and a bidirectional ``chunk``, depend on
             the tensor's length: with them a token's output changes when text or padding is added.
         scale: Factor of the local q.k; by default ``z**-0.5`` for ``visible`` and ``1/c`` for the others.
+        softcap: Bound that the local scores approach, ``softcap * tanh(score / softcap)``, as in Gemma 2; ``softmax``
+            only.
         dropout: Probability of zeroing a local attention weight; the caller passes 0 outside training.
         initial_state: What lies before each row's first document, counted as earlier chunks. Causal only.
         return_state: Also return the state of each row's last document. Causal only.
@@ -91,6 +95,7 @@ def mixed_chunk_attention(
     """
     check_attention(activation=activation, normalizer=normalizer, dropout=dropout, impl=impl)
     check_chunk_size(chunk_size)
+    check_softcap(softcap, activation)
     check_queries_and_keys({"q_local": q_local, "k_local": k_local, "q_global": q_global, "k_global": k_global}, dims=3)
     check_values("v", v, "q_local", q_local)
     check_gate(gate, v)
@@ -133,7 +138,7 @@ def mixed_chunk_attention(
         if apart:
             values = F.silu(v) if silu else v
             across = linear_attention(
-                (_times(q_global, factor)).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
+                _times(q_global, factor).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
                 causal=False, segments=segments, impl=impl,
             )  # fmt: skip
             assert isinstance(across, Tensor)
@@ -159,6 +164,7 @@ def mixed_chunk_attention(
             activation=activation,
             normalizer=normalizer,
             scale=scale,
+            softcap=softcap,
             dropout=dropout,
         )
         out = gated(mixed, gate, silu)

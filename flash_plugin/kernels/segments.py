@@ -65,6 +65,16 @@ class Segments:
         """Return the grid whose boundaries lie where documents start and where positions are multiples of c."""
         return self.grids[chunk_size] if chunk_size in self.grids else self._cut(chunk_size)
 
+    def repeated(self, times: int, batch: int) -> Segments:
+        """The segments of ``times`` sequences for each of ``batch`` rows: heads folded into the batch."""
+
+        def repeat(tensor: Tensor) -> Tensor:
+            return tensor.expand(batch, -1).repeat_interleave(times, dim=0)
+
+        grids = {size: ChunkGrid(repeat(grid.start), repeat(grid.end)) for size, grid in self.grids.items()}
+        real = None if self.real is None else repeat(self.real)
+        return Segments(repeat(self.position), repeat(self.start), repeat(self.end), real, self.single, grids)
+
     def _cut(self, chunk_size: int) -> ChunkGrid:
         index = _indices(self.position)
         boundary = (self.position % chunk_size == 0) | (index == self.start)

@@ -92,6 +92,16 @@ def check_attention(*, activation: str, normalizer: str, dropout: float, impl: s
         raise ValueError(f"dropout ({dropout!r}) must lie in [0, 1); set dropout=0.0 to switch it off")
 
 
+def check_softcap(softcap: float | None, activation: str) -> None:
+    """Refuse a bound of the scores that is no positive number, or that the activation has no use for."""
+    if softcap is None:
+        return
+    if not is_number(softcap) or not softcap > 0:
+        raise ValueError(f"softcap ({softcap!r}) must be a positive number; set softcap=None for no bound")
+    if activation != "softmax":
+        raise ValueError(f"softcap ({softcap}) must come with activation='softmax', not {activation!r}; set it to None")
+
+
 def check_queries_and_keys(tensors: dict[str, Tensor], dims: int) -> None:
     """Refuse queries and keys that differ in shape, dtype or device, by name; the first one sets the rule."""
     (first, reference), *others = tensors.items()

@@ -86,6 +86,15 @@ def test_chunk_size_must_be_a_positive_integer(value):
     refused(mixed, "chunk_size", str(value), "positive", chunk_size=value)
 
 
+@pytest.mark.parametrize("value", [0, -1.0, "50", True], ids=repr)
+def test_softcap_must_be_a_positive_number(value):
+    refused(mixed, "softcap", str(value), "positive", softcap=value, activation="softmax")
+
+
+def test_softcap_bounds_softmax_alone():
+    refused(mixed, "softcap (50.0)", "relu2", softcap=50.0)
+
+
 @pytest.mark.parametrize("length", [2 * S, 2 * S - 2, S, 1])
 def test_bias_of_the_wrong_length_names_the_right_one(length):
     refused(quadratic, "bias", str(length), str(2 * S - 1), bias=torch.zeros(length))
