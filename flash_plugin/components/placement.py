@@ -1,0 +1,92 @@
+"""Where the tokens of a call lie, worked out once a forward for all swapped layers of a model.
+
+torchtune hands positions and a mask to every layer alike. A hook of the model, before its forward, turns them into what
+the ops take, and refuses a mask that says something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+
+from flash_plugin.components.cache import FlashCache, LinearCache
+from flash_plugin.components.masks import check_cached_mask, check_mask
+from flash_plugin.components.positions import position_rows
+from flash_plugin.kernels import Segments, make_segments
+from flash_plugin.kernels.new_tokens import NewTokens
+
+#: Documents of the rows, or places behind those in a cache; one of the two, or neither for one document a row.
+Placed = tuple[Segments | None, NewTokens | None]
+
+
+class Placement:
+    """Documents, or places behind a cache, with a row for each head; shared by the swapped layers of a model.
+
+    Args:
+        chunk_sizes: Chunk sizes of the layers.
+    """
+
+    def __init__(self, chunk_sizes: set[int]) -> None:
+        self.chunk_sizes = chunk_sizes
+        self._input_pos: Tensor | None = None
+        self._placed: Placed = (None, None)
+        self._checked_masks: set[tuple[int, ...]] = set()
+
+    def prepare(self, model: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out the places of a call of the model; a forward pre-hook.
+
+        Raises:
+            ValueError: If the mask says something else than ``input_pos``, or there is an enabled cache and no
+                ``input_pos``.
+        """
+        tokens = args[0] if args else kwargs["tokens"]
+        input_pos, mask = kwargs.get("input_pos"), kwargs.get("mask")
+        attention = next(layer.attn for layer in model.layers if getattr(layer.attn, "placement", None) is self)
+        cache = attention.kv_cache if attention.cache_enabled else None
+        self._input_pos = input_pos
+        self._placed = self._place(tokens.shape, input_pos, attention.num_heads, cache)
+        new = self._placed[1]
+        if mask is None:
+            return
+        if new is not None:
+            check_cached_mask(mask, _of_rows(new, attention.num_heads), model.decoder_max_cache_seq_len)
+            return
+        kind = (input_pos is None, *getattr(mask, "shape", ()))
+        # A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.
+        if not model.training or kind not in self._checked_masks:
+            rows = None if input_pos is None else make_segments(position_rows(input_pos, *tokens.shape))
+            check_mask(mask, rows, tokens, True, has_positions=input_pos is not None)
+            self._checked_masks.add(kind)
+
+    def of(self, x: Tensor, input_pos: Tensor | None, heads: int, cache: FlashCache | LinearCache | None) -> Placed:
+        """Places of ``[b, s, d]`` inputs, for layers; one that is called by itself works out its own.
+
+        Raises:
+            ValueError: If there is an enabled cache and no ``input_pos``.
+        """
+        if input_pos is not None and input_pos is self._input_pos:
+            return self._placed
+        return self._place(x.shape, input_pos, heads, cache)
+
+    def _place(
+        self, shape: tuple[int, ...], input_pos: Tensor | None, heads: int, cache: FlashCache | LinearCache | None
+    ) -> Placed:
+        if input_pos is None:
+            if cache is not None:
+                raise ValueError(
+                    "input_pos (None) must be given while the cache is enabled; pass each token's position in its "
+                    "document, or disable the cache"
+                )
+            return None, None
+        position = position_rows(input_pos, *shape[:2])
+        if cache is not None:
+            return None, cache.place(position.expand(shape[0], -1).repeat_interleave(heads, 0), self.chunk_sizes)
+        return make_segments(position).with_chunks(self.chunk_sizes).repeated(heads, shape[0]), None
+
+
+def _of_rows(new: NewTokens, heads: int) -> NewTokens:
+    """The places of each row's first head, as masks know them."""
+    return replace(new, position=new.position[::heads], begin=new.begin[::heads])

@@ -1,0 +1,169 @@
+"""Linear-time attention in models people already have: another attention behind the same projections and names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+
+from flash_plugin.components.multi_head import (
+    LinearMultiHeadAttention,
+    MixedChunkMultiHeadAttention,
+    QuadraticMultiHeadAttention,
+)
+from flash_plugin.components.placement import Placement
+from flash_plugin.kernels.validation import check_attention, check_choice, check_chunk_size
+
+ATTENTIONS = ("mixed_chunk", "quadratic", "linear")
+
+
+def swap_attention(
+    builder: str,
+    *,
+    attention: str = "mixed_chunk",
+    layers: str | Sequence[int] = "all",
+    chunk_size: int = 256,
+    local: str = "softmax",
+    impl: str = "auto",
+    **builder_args: Any,
+) -> TransformerDecoder:
+    """Build a model of torchtune's, LoRA builders included, and put FLASH's attention into its layers.
+
+    Projections keep their names and weights, so that its checkpoints load as they are, strictly. With
+    ``attention="mixed_chunk"`` and ``local="softmax"`` the model starts as the original with attention inside chunks
+    only: sequences of one chunk get the original's logits, and the global part opens in training, from zero. With
+    ``local="relu2"``, from scratch, it is the paper's MC-TFM.
+
+    Args:
+        builder: Dotted path of the builder, such as ``torchtune.models.llama3_2.llama3_2_1b``.
+        attention: ``mixed_chunk``, linear in the sequence; ``quadratic``, FLASH-Quad's; or ``linear``, with features
+            ``elu(x) + 1`` and a denominator.
+        layers: ``all``; ``every_N``, the last of each N layers; or a list of indices. Others keep their attention.
+        chunk_size: Tokens c that attend to each other quadratically; ``mixed_chunk`` only.
+        local: Attention function: ``softmax`` (``mixed_chunk`` only), ``relu2``, ``laplace`` or ``softplus2``; not for
+            ``linear``.
+        impl: Implementation of the op: ``auto``, ``triton`` or ``reference``.
+        **builder_args: The builder's own arguments.
+
+    Raises:
+        ValueError: If an argument is wrong, the builder is not to be found or builds something else than a decoder with
+            self-attention, or a layer's attention has what cannot be honoured.
+
+    Returns:
+        The builder's model, changed in place.
+    """
+    check_choice("attention", attention, ATTENTIONS)
+    check_attention(activation=local, normalizer="visible", dropout=0.0, impl=impl)
+    check_chunk_size(chunk_size)
+    if attention == "quadratic" and local == "softmax":
+        raise ValueError(
+            "local ('softmax') with attention='quadratic' is the attention that the model has already; set "
+            "model.local=relu2, or model.attention=mixed_chunk"
+        )
+    model = _build(builder, builder_args)
+    chosen = _chosen(layers, len(model.layers))
+    placement = Placement({chunk_size} if attention == "mixed_chunk" else set())
+    for index in chosen:
+        layer = model.layers[index]
+        replaced = getattr(layer, "attn", None)
+        _check_layer(index, layer, replaced, builder, attention, chunk_size)
+        if attention == "mixed_chunk":
+            layer.attn = MixedChunkMultiHeadAttention(
+                replaced, placement, chunk_size=chunk_size, activation=local, impl=impl
+            )
+        elif attention == "linear":
+            layer.attn = LinearMultiHeadAttention(replaced, placement, impl=impl)
+        else:
+            layer.attn = QuadraticMultiHeadAttention(replaced, placement, activation=local, impl=impl)
+    model.register_forward_pre_hook(placement.prepare, with_kwargs=True)
+    return model
+
+
+def _build(path: str, arguments: dict[str, Any]) -> TransformerDecoder:
+    """The builder's model."""
+    try:
+        builder = _get_component_from_path(path)
+    except (InstantiationError, ValueError) as error:
+        raise ValueError(
+            f"builder ({path!r}) must be the dotted path of a model builder, and is not to be found "
+            f"({str(error).splitlines()[0]}); set model.builder=torchtune.models.llama3_2.llama3_2_1b, say"
+        ) from error
+    _check_arguments(path, builder, arguments)
+    model = builder(**arguments)
+    if not isinstance(model, TransformerDecoder):
+        raise ValueError(
+            f"builder ({path}) must build a TransformerDecoder, and builds a {type(model).__name__}; name the builder "
+            "of a text model"
+        )
+    return model
+
+
+def _check_arguments(path: str, builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
+    """Refuse what neither the builder nor :func:`swap_attention` knows, which Python would call a TypeError."""
+    parameters = inspect.signature(builder).parameters
+    own = [name for name in inspect.signature(swap_attention).parameters if name != "builder_args"]
+    for name, value in arguments.items():
+        if name not in parameters:
+            nearest = difflib.get_close_matches(name, [*parameters, *own], n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else f"theirs are: {', '.join([*own, *parameters])}"
+            raise ValueError(f"{name} ({value!r}) is an argument of neither swap_attention nor {path}; {remedy}")
+    try:
+        inspect.signature(builder).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}; its arguments are: {', '.join(parameters)}") from None
+
+
+def _chosen(layers: str | Sequence[int], count: int) -> list[int]:
+    """Indices of the layers that ``layers`` names among ``count``."""
+    if layers == "all":
+        return list(range(count))
+    if isinstance(layers, str):
+        found = re.fullmatch(r"every_([1-9]\d*)", layers)
+        if not found:
+            raise ValueError(
+                f"layers ({layers!r}) must be all, every_N or a list of indices; set model.layers=every_2, say"
+            )
+        step = int(found.group(1))
+        if step > count:
+            raise ValueError(f"layers ({layers!r}) must name a layer of the {count} there are; set model.layers=all")
+        return list(range(step - 1, count, step))
+    wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
+    if wrong or len(set(layers)) != len(layers) or not layers:
+        raise ValueError(
+            f"layers ({list(layers)}) must be different indices from 0 to {count - 1}, at least one; set "
+            f"model.layers=all, or a list of such"
+        )
+    return sorted(layers)
+
+
+def _check_layer(index: int, layer: nn.Module, attention: object, builder: str, kind: str, chunk_size: int) -> None:
+    """Refuse a layer whose attention cannot be replaced without losing something."""
+    known = isinstance(attention, MultiHeadAttention | Gemma2Attention)
+    if not known or not isinstance(layer, TransformerSelfAttentionLayer):
+        raise ValueError(
+            f"layer {index} of {builder} (a {type(layer).__name__} with {type(attention).__name__}) must have "
+            "torchtune's self-attention to be swapped; leave it out of model.layers, or name another builder"
+        )
+    assert isinstance(attention, MultiHeadAttention | Gemma2Attention)
+    if not attention.is_causal:
+        raise ValueError(f"layer {index} of {builder} must be causal to be swapped; leave it out of model.layers")
+    window = getattr(attention, "sliding_window_size", None)
+    if window is not None and (kind != "mixed_chunk" or chunk_size > window):
+        raise ValueError(
+            f"layer {index} of {builder} has a sliding window of {window} tokens, which attention={kind!r} with "
+            f"chunk_size={chunk_size} cannot keep; set model.attention=mixed_chunk with a chunk_size of at most "
+            f"{window}, or leave the layer out of model.layers"
+        )
+    if kind == "linear" and attention.attn_dropout > 0:
+        raise ValueError(
+            f"layer {index} of {builder} has attn_dropout ({attention.attn_dropout}), and linear attention has no "
+            "weights to drop; set model.attn_dropout=0.0"
+        )
