@@ -26,6 +26,7 @@ _COMPONENTS = {
     "mixers": ("MixedChunkMixer", "QuadraticMixer"),
     "norms": ("ScaleNorm",),
     "swap": ("swap_attention",),
+    "swap_checkpointer": ("SwapCheckpointer",),
     "multi_head": ("LinearMultiHeadAttention", "MixedChunkMultiHeadAttention", "QuadraticMultiHeadAttention"),
     "cache": ("FlashCache", "LinearCache"),
     "initialization": ("initialize_weights",),

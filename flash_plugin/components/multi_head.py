@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention
+from torchtune.modules.peft import LoRALinear
 
 from flash_plugin.components.cache import FlashCache, LinearCache
 from flash_plugin.components.placement import Placement
@@ -25,33 +26,45 @@ _TAKEN_OVER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "max_seq_le
 class GlobalPath(nn.Module):
     """What mixed chunk attention adds to a model that was trained without it: how much, and of which features.
 
+    Its three matrices are linear layers without an input, or torchtune's LoRA layers, so that its recipes train, save
+    and merge them like all others.
+
     Args:
         num_heads: Heads h.
         head_dim: Width z of a head.
         gain: Where the global part's weight starts: at 0 the model starts as it would without one.
+        lora: Rank and alpha where a LoRA recipe trains the model; None where all weights are trained.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, gain: float) -> None:
+    def __init__(self, num_heads: int, head_dim: int, gain: float, lora: tuple[int, float] | None = None) -> None:
         super().__init__()
         self.initial_gain = gain
-        self.gain = nn.Parameter(torch.empty(num_heads))
-        self.query_scale = nn.Parameter(torch.empty(num_heads, head_dim))
-        self.key_scale = nn.Parameter(torch.empty(num_heads, head_dim))
+
+        def matrix(columns: int) -> nn.Module:
+            if lora is None:
+                return nn.Linear(columns, num_heads, bias=False)
+            return LoRALinear(columns, num_heads, rank=lora[0], alpha=lora[1])
+
+        self.gain = matrix(1)
+        self.query_scale = matrix(head_dim)
+        self.key_scale = matrix(head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the gain to where it starts and the scales to 1."""
-        nn.init.constant_(self.gain, self.initial_gain)
-        nn.init.ones_(self.query_scale)
-        nn.init.ones_(self.key_scale)
+        for name, _ in self.named_children():
+            nn.init.constant_(self.get_parameter(f"{name}.weight"), self.start_of(name))
 
-    def adapter_params(self) -> list[str]:
-        """The parameters that LoRA recipes train beside their adapters: all, for no pretrained model has them."""
-        return ["gain", "query_scale", "key_scale"]
+    def start_of(self, name: str) -> float:
+        """Where the entries of a matrix start."""
+        return self.initial_gain if name == "gain" else 1.0
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys across chunks from those inside them, all ``[b, h, s, z]``."""
-        return q * (self.gain[:, None] * self.query_scale)[:, None], k * self.key_scale[:, None]
+        one = torch.ones(1, 1, dtype=q.dtype, device=q.device)
+        each = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        query_scale = self.query_scale(each).T * self.gain(one).T
+        return q * query_scale[:, None], k * self.key_scale(each).T[:, None]
 
 
 class _SwappedAttention(MultiHeadAttention):
@@ -169,6 +182,7 @@ class MixedChunkMultiHeadAttention(_SwappedAttention):
         activation: Attention function inside chunks. With ``softmax`` the global part starts at 0, and a sequence of
             one chunk gets what the replaced module gave it; with any other it starts at 1.
         impl: Implementation of the op.
+        lora: Rank and alpha where a LoRA recipe trains the model.
     """
 
     chunk_size: int
@@ -181,10 +195,12 @@ class MixedChunkMultiHeadAttention(_SwappedAttention):
         chunk_size: int,
         activation: str = "softmax",
         impl: str = "auto",
+        lora: tuple[int, float] | None = None,
     ) -> None:
         super().__init__(attention, placement, activation=activation, impl=impl)
         self.chunk_size = chunk_size
-        self.global_path = GlobalPath(self.num_heads, self.head_dim, gain=0.0 if activation == "softmax" else 1.0)
+        gain = 0.0 if activation == "softmax" else 1.0
+        self.global_path = GlobalPath(self.num_heads, self.head_dim, gain, lora)
         self.register_load_state_dict_pre_hook(_start_where_checkpoint_is_silent)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
@@ -337,6 +353,8 @@ def _start_where_checkpoint_is_silent(
         return
     path = attention.global_path
     for name, own in path.named_parameters():
-        start = path.initial_gain if name == "gain" else 1.0
-        value = torch.full_like(own, start, device=projection.device, requires_grad=False)
+        matrix, kind = name.split(".", 1)
+        value = own.detach()  # an adapter's two matrices, which recipes have drawn by now
+        if kind == "weight":
+            value = torch.full_like(own, path.start_of(matrix), device=projection.device, requires_grad=False)
         state_dict.setdefault(f"{prefix}global_path.{name}", value)

@@ -68,7 +68,7 @@ def swap_attention(
             "local ('softmax') with attention='quadratic' is the attention that the model has already; set "
             "model.local=relu2, or model.attention=mixed_chunk"
         )
-    model = _build(builder, builder_args)
+    model, lora = _build(builder, builder_args)
     chosen = _chosen(layers, len(model.layers))
     placement = Placement({chunk_size} if attention == "mixed_chunk" else set())
     for index in chosen:
@@ -77,7 +77,7 @@ def swap_attention(
         _check_layer(index, layer, replaced, builder, attention, chunk_size)
         if attention == "mixed_chunk":
             layer.attn = MixedChunkMultiHeadAttention(
-                replaced, placement, chunk_size=chunk_size, activation=local, impl=impl
+                replaced, placement, chunk_size=chunk_size, activation=local, impl=impl, lora=lora
             )
         elif attention == "linear":
             layer.attn = LinearMultiHeadAttention(replaced, placement, impl=impl)
@@ -87,8 +87,8 @@ def swap_attention(
     return model
 
 
-def _build(path: str, arguments: dict[str, Any]) -> TransformerDecoder:
-    """The builder's model."""
+def _build(path: str, arguments: dict[str, Any]) -> tuple[TransformerDecoder, tuple[int, float] | None]:
+    """The builder's model, and the rank and alpha of its adapters if it has any."""
     try:
         builder = _get_component_from_path(path)
     except (InstantiationError, ValueError) as error:
@@ -96,18 +96,18 @@ def _build(path: str, arguments: dict[str, Any]) -> TransformerDecoder:
             f"builder ({path!r}) must be the dotted path of a model builder, and is not to be found "
             f"({str(error).splitlines()[0]}); set model.builder=torchtune.models.llama3_2.llama3_2_1b, say"
         ) from error
-    _check_arguments(path, builder, arguments)
+    bound = _bound(path, builder, arguments)
     model = builder(**arguments)
     if not isinstance(model, TransformerDecoder):
         raise ValueError(
             f"builder ({path}) must build a TransformerDecoder, and builds a {type(model).__name__}; name the builder "
             "of a text model"
         )
-    return model
+    return model, (bound["lora_rank"], bound["lora_alpha"]) if "lora_rank" in bound else None
 
 
-def _check_arguments(path: str, builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
-    """Refuse what neither the builder nor :func:`swap_attention` knows, which Python would call a TypeError."""
+def _bound(path: str, builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the builder's defaults; what neither it nor :func:`swap_attention` knows is refused."""
     parameters = inspect.signature(builder).parameters
     own = [name for name in inspect.signature(swap_attention).parameters if name != "builder_args"]
     for name, value in arguments.items():
@@ -116,9 +116,11 @@ def _check_arguments(path: str, builder: Callable[..., nn.Module], arguments: di
             remedy = f"did you mean {nearest[0]}?" if nearest else f"theirs are: {', '.join([*own, *parameters])}"
             raise ValueError(f"{name} ({value!r}) is an argument of neither swap_attention nor {path}; {remedy}")
     try:
-        inspect.signature(builder).bind(**arguments)
+        bound = inspect.signature(builder).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"{path}: {error}; its arguments are: {', '.join(parameters)}") from None
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _chosen(layers: str | Sequence[int], count: int) -> list[int]:

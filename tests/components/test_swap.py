@@ -7,7 +7,11 @@ import torch
 from torchtune.data import padded_collate_packed
 from torchtune.generation import generate
 from torchtune.modules import MultiHeadAttention
-from torchtune.modules.peft import get_adapter_params
+from torchtune.modules.peft import (
+    get_adapter_params,
+    get_merged_lora_ckpt,
+    validate_missing_and_unexpected_for_lora,
+)
 
 import flash_plugin
 from tests.components.swapped import CHUNK, FAMILIES, LLAMA, LORA_LLAMA, SIZES, logits, original, swapped, tokens
@@ -37,7 +41,7 @@ def test_a_swapped_model_starts_as_the_original_inside_a_chunk(builder: str) -> 
 def test_the_global_path_opens_in_training() -> None:
     model = swapped(trained=False)
     model(tokens(1, 3 * CHUNK)).square().sum().backward()
-    gains = [p.grad for name, p in model.named_parameters() if name.endswith("global_path.gain")]
+    gains = [p.grad for name, p in model.named_parameters() if name.endswith("global_path.gain.weight")]
     assert len(gains) == 2
     assert all((gain != 0).all() for gain in gains)
 
@@ -52,18 +56,33 @@ def test_adapters_by_themselves_leave_the_global_path_alone() -> None:
     lora = dict(lora_attn_modules=["q_proj"], lora_rank=2, lora_alpha=4)
     model = flash_plugin.swap_attention(LORA_LLAMA, chunk_size=CHUNK, **lora, **SIZES)
     adapters = get_adapter_params(model)
-    assert {name.split("attn.")[1] for name in adapters} == {
-        "q_proj.lora_a.weight", "q_proj.lora_b.weight",
-        "global_path.gain", "global_path.query_scale", "global_path.key_scale",
-    }  # fmt: skip
+    matrices = ["q_proj", "global_path.gain", "global_path.query_scale", "global_path.key_scale"]
+    assert {name.split("attn.")[1] for name in adapters} == {f"{m}.lora_{x}.weight" for m in matrices for x in "ab"}
     with torch.no_grad():
-        for parameter in adapters.values():
+        for parameter in model.parameters():
             parameter.fill_(3.0)
-    loras = {name: value for name, value in model.state_dict().items() if "lora" in name}
-    missing, unexpected = model.load_state_dict(loras, strict=False)
-    assert not unexpected
-    assert "layers.0.attn.global_path.gain" in missing
-    assert all((parameter == 3.0).all() for parameter in adapters.values())
+    model.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "q_proj.lora" in name}, strict=False
+    )
+    assert all((parameter == 3.0).all() for parameter in model.parameters())
+
+
+def test_adapters_of_the_global_path_merge_like_all_others() -> None:
+    lora = dict(lora_attn_modules=["q_proj"], lora_rank=2, lora_alpha=4)
+    model = flash_plugin.swap_attention(LORA_LLAMA, chunk_size=CHUNK, **lora, **SIZES)
+    missing, unexpected = model.load_state_dict(original().state_dict(), strict=False)
+    validate_missing_and_unexpected_for_lora(["q_proj"], False, False, missing, unexpected)
+    text = tokens(1, 3 * CHUNK)
+    assert_close(logits(model, text), logits(swapped(trained=False), text), "parity_fp32")
+    with torch.no_grad():
+        for parameter in get_adapter_params(model).values():
+            parameter.normal_(std=0.5)
+    expected = logits(model, text)
+    assert (expected - logits(swapped(trained=False), text)).abs().max() > 1e-2
+    merged = get_merged_lora_ckpt(model.state_dict(), rank=2, alpha=4)
+    plain = swapped(trained=False)
+    plain.load_state_dict(merged)
+    assert_close(logits(plain, text), expected, "parity_fp32")
 
 
 @pytest.mark.parametrize("choices", KINDS)
