@@ -22,7 +22,8 @@ def load(path: Path) -> DictConfig:
 
 
 def test_the_configs_of_the_issue_exist() -> None:
-    wanted = "flash_debug flash_125m flash_1b flash_quad_1b flash_1b_single_device flash_1b_finetune generate"
+    wanted = "flash_debug flash_debug_distributed flash_125m flash_1b flash_quad_1b flash_1b_single_device "
+    wanted += "flash_1b_finetune generate"
     assert {path.stem for path in CONFIGS} >= set(wanted.split())
 
 
@@ -65,6 +66,17 @@ def test_what_make_train_samples_from_is_what_it_trains() -> None:
     assert sampled.model == trained.model
     assert sampled.checkpointer.checkpoint_dir == f"{trained.output_dir}/epoch_{trained.epochs - 1}"
     assert sampled.tokenizer._component_ == trained.tokenizer._component_
+
+
+def test_the_distributed_configs_have_one_shape() -> None:
+    small, large = (load(CONFIGS[0].parent / f"{name}.yaml") for name in ("flash_debug_distributed", "flash_1b"))
+    assert list(small) == list(large)
+    assert small.custom_sharded_layers == large.custom_sharded_layers
+    # Two processes train on what one trains on.
+    single = load(CONFIGS[0].parent / "flash_debug.yaml")
+    assert 2 * small.batch_size == single.batch_size
+    same = set(single) - {"batch_size", "output_dir"}
+    assert all(OmegaConf.to_container(small)[key] == OmegaConf.to_container(single)[key] for key in same)
 
 
 def test_finetuning_learns_from_the_answers_alone() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torchtune.modules import TiedLinear
 
 from flash_plugin.components.arguments import config_component
 from flash_plugin.components.decoder import FlashDecoder
+from flash_plugin.components.embeddings import TiedEmbedding, TiedOutput
 from flash_plugin.components.gau import GatedAttentionUnit
 from flash_plugin.components.initialization import initialize_weights
 from flash_plugin.components.layer import FlashLayer
@@ -219,20 +219,30 @@ def _build(
         )
         for _ in range(num_layers)
     ]
-    tok_embeddings = nn.Embedding(vocab_size, embed_dim)
+    tok_embeddings, output = _embeddings(vocab_size, embed_dim, tie_embeddings, output_bias)
     model = FlashDecoder(
         tok_embeddings=tok_embeddings,
         layers=layers,
         max_seq_len=max_seq_len,
         qk_dim=qk_dim,
         norm=build_norm(norm if final_norm is None else final_norm, embed_dim, norm_eps),
-        output=TiedLinear(tok_embeddings) if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=output_bias),
+        output=output,
         causal=causal,
         absolute_position=ScaledSinusoid(embed_dim) if absolute_position else None,
         unlimited_decoding=unlimited_decoding,
     )
     initialize_weights(model)
     return model
+
+
+def _embeddings(
+    vocab_size: int, embed_dim: int, tied: bool, output_bias: bool
+) -> tuple[nn.Embedding, nn.Linear | TiedOutput]:
+    """The token embedding and the output projection."""
+    if tied:
+        embedding = TiedEmbedding(vocab_size, embed_dim)
+        return embedding, TiedOutput(embedding)
+    return nn.Embedding(vocab_size, embed_dim), nn.Linear(embed_dim, vocab_size, bias=output_bias)
 
 
 def _check_positive(name: str, value: object) -> None:

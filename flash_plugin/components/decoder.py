@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
+from flash_plugin.components.embeddings import TiedOutput
 from flash_plugin.components.layer import FlashLayer
 from flash_plugin.components.masks import check_cached_mask, check_mask, padding_of
 from flash_plugin.components.mixers import MixedChunkMixer
@@ -40,7 +41,7 @@ class FlashDecoder(TransformerDecoder):
         max_seq_len: int,
         qk_dim: int,
         norm: nn.Module,
-        output: nn.Module,
+        output: nn.Linear | TiedOutput,
         causal: bool,
         absolute_position: ScaledSinusoid | None = None,
         unlimited_decoding: bool = False,

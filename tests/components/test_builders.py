@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune import training
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 
 import flash_plugin
 from flash_plugin.components.sizes import SIZED_BUILDERS, SIZES
@@ -102,6 +102,18 @@ def test_a_model_built_on_the_meta_device_loads_and_equals_the_original(family: 
     training.validate_no_params_on_meta_device(model)
     tokens = torch.randint(TINY["vocab_size"], (1, 20))
     torch.testing.assert_close(model(tokens), original(tokens))
+
+
+def test_a_tied_output_reads_the_table_from_within_a_call_of_the_embedding() -> None:
+    model, tokens = tiny(tie_embeddings=True), torch.randint(TINY["vocab_size"], (1, 20))
+    expected, embedding = model(tokens), model.tok_embeddings
+    table, shard = embedding.weight, nn.Parameter(embedding.weight[:1].detach())
+    # What FSDP does to a module that it shards by itself.
+    embedding.register_forward_pre_hook(lambda module, _: setattr(module, "weight", table))
+    embedding.register_forward_hook(lambda module, *_: setattr(module, "weight", shard))
+    embedding.weight = shard
+    torch.testing.assert_close(model(tokens), expected)
+    assert isinstance(model.output, TiedLinear)  # what torchtune's activation offloading looks for
 
 
 def test_a_model_is_what_the_evaluation_recipe_asks_for() -> None:
