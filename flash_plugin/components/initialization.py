@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchtune.modules import FeedForward, MultiHeadAttention
+from torchtune.modules import RMSNorm as TorchtuneRMSNorm
 
 from flash_plugin.components.gau import GatedAttentionUnit, OffsetScale
+from flash_plugin.components.global_path import Matrix
 from flash_plugin.components.norms import ScaleNorm
 from flash_plugin.components.positions import RopeBias, ScaledSinusoid, T5Bias, ToeplitzBias
 
@@ -18,7 +23,7 @@ _EMBEDDING_STD = 0.02
 def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
     """Fill every parameter of ``model`` in place.
 
-    Linear weights are N(0, 1 / fan_in), those that write into the residual stream divided by sqrt(number of layers);
+    Linear weights are N(0, 1 / fan_in), those that write into the residual stream divided by the root of their number;
     biases are 0, norms 1, embeddings, output projection and relative biases N(0, 0.02), OffsetScale as in the paper.
 
     Args:
@@ -26,19 +31,68 @@ def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
         seed: Each parameter draws from a generator seeded by (seed, its name), so that its values depend on neither
             rank, process count, order nor global random state. None draws from the global generator.
     """
-    num_layers = max(sum(isinstance(module, GatedAttentionUnit) for module in model.modules()), 1)
-    residual = {id(m.output_proj) for m in model.modules() if isinstance(m, GatedAttentionUnit)}
     with torch.no_grad():
-        for prefix, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.device.type == "meta":
-                    continue
-                std = _std(module, name)
-                if id(module) in residual:
-                    std *= num_layers**-0.5
-                elif module is getattr(model, "output", None):
-                    std = min(std, _EMBEDDING_STD)  # the first predictions are nearly uniform
-                _fill(module, name, parameter, std, _generator(seed, f"{prefix}.{name}", parameter.device))
+        for name, rule in _rules(model):
+            if rule.parameter.device.type != "meta":
+                _fill(rule, rule.parameter, _generator(seed, name, rule.parameter.device))
+
+
+class InitialWeights(Mapping[str, Tensor]):
+    """The state dict that :func:`initialize_weights` gives a model, drawn anew at each look and held by nobody.
+
+    Every process of a distributed recipe goes through all initial weights, one after another, and keeps its shards. So
+    it needs memory for one tensor at a time; flash_7b in float32 is 28 GB for each of them otherwise.
+
+    Args:
+        model: The model, on any device; meta costs nothing.
+        seed: Seed of every parameter, together with its name.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._seed = seed
+        self._rules = {id(rule.parameter): (name, rule) for name, rule in _rules(model)}
+        named, keys = model.named_parameters(remove_duplicate=False), model.state_dict().keys()
+        #: The model's own parameters, under their names in its state dict.
+        self.parameters = {name: parameter for name, parameter in named if name in keys}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Draw one tensor, in float32 on the CPU."""
+        parameter = self.parameters[name]
+        full_name, rule = self._rules[id(parameter)]
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        _fill(rule, values, _generator(self._seed, full_name, values.device))
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+
+class _Rule(NamedTuple):
+    """A parameter, the module and name it has there, and the standard deviation of its values."""
+
+    parameter: nn.Parameter
+    module: nn.Module
+    name: str
+    std: float
+
+
+def _rules(model: nn.Module) -> Iterator[tuple[str, _Rule]]:
+    """Every parameter's full name and how to fill it."""
+    attentions = [m for m in model.modules() if isinstance(m, GatedAttentionUnit | MultiHeadAttention)]
+    residual = {id(m.output_proj) for m in attentions} | {
+        id(m.w2) for m in model.modules() if isinstance(m, FeedForward)
+    }
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            std = _std(module, name)
+            if id(module) in residual:
+                std *= len(residual) ** -0.5
+            elif module is getattr(model, "output", None):
+                std = min(std, _EMBEDDING_STD)  # the first predictions are nearly uniform
+            yield f"{prefix}.{name}", _Rule(parameter, module, name, std)
 
 
 def _std(module: nn.Module, name: str) -> float:
@@ -49,22 +103,25 @@ def _std(module: nn.Module, name: str) -> float:
     return _EMBEDDING_STD
 
 
-def _fill(module: nn.Module, name: str, parameter: nn.Parameter, std: float, generator: torch.Generator | None) -> None:
-    if isinstance(module, nn.RMSNorm | nn.LayerNorm | ScaleNorm):
-        parameter.fill_(0.0 if name == "bias" else 1.0)
+def _fill(rule: _Rule, values: Tensor, generator: torch.Generator | None) -> None:
+    module = rule.module
+    if isinstance(module, Matrix):
+        values.fill_(module.start)
+    elif isinstance(module, nn.RMSNorm | nn.LayerNorm | ScaleNorm | TorchtuneRMSNorm):
+        values.fill_(0.0 if rule.name == "bias" else 1.0)
     elif isinstance(module, ScaledSinusoid):
-        parameter.fill_(module.dim**-0.5)
+        values.fill_(module.dim**-0.5)
     elif isinstance(module, nn.Linear | nn.Embedding | OffsetScale | RopeBias | T5Bias | ToeplitzBias):
-        if std == 0.0:
-            parameter.zero_()
+        if rule.std == 0.0:
+            values.zero_()
         else:
             # Drawn in float32 so that the values of a bfloat16 model are the float32 model's, rounded.
-            drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+            drawn = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+            values.copy_(drawn.normal_(0.0, rule.std, generator=generator))
     else:
         raise ValueError(
-            f"{type(module).__name__}.{name} has no initialisation rule in flash_plugin; give the model a checkpoint, "
-            "or build it from flash_plugin's own modules"
+            f"{type(module).__name__}.{rule.name} has no initialisation rule in flash_plugin; give the model a "
+            "checkpoint, or build it from modules of flash_plugin's or Llama's"
         )
 
 

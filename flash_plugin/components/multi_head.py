@@ -5,66 +5,20 @@ Shape legend: ``b`` batch, ``s`` sequence, ``d`` embed, ``h`` heads, ``z`` head 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention
-from torchtune.modules.peft import LoRALinear
 
 from flash_plugin.components.cache import FlashCache, LinearCache
+from flash_plugin.components.global_path import GlobalPath, start_where_checkpoint_is_silent
 from flash_plugin.components.placement import Placement
 from flash_plugin.kernels import Segments, linear_attention, mixed_chunk_attention, quadratic_attention
 from flash_plugin.kernels.decode import mixed_chunk_decode, quadratic_decode
 from flash_plugin.kernels.new_tokens import NewTokens
 
 _TAKEN_OVER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "max_seq_len", "is_causal", "attn_dropout")
-
-
-class GlobalPath(nn.Module):
-    """What mixed chunk attention adds to a model that was trained without it: how much, and of which features.
-
-    Its three matrices are linear layers without an input, or torchtune's LoRA layers, so that its recipes train, save
-    and merge them like all others.
-
-    Args:
-        num_heads: Heads h.
-        head_dim: Width z of a head.
-        gain: Where the global part's weight starts: at 0 the model starts as it would without one.
-        lora: Rank and alpha where a LoRA recipe trains the model; None where all weights are trained.
-    """
-
-    def __init__(self, num_heads: int, head_dim: int, gain: float, lora: tuple[int, float] | None = None) -> None:
-        super().__init__()
-        self.initial_gain = gain
-
-        def matrix(columns: int) -> nn.Module:
-            if lora is None:
-                return nn.Linear(columns, num_heads, bias=False)
-            return LoRALinear(columns, num_heads, rank=lora[0], alpha=lora[1])
-
-        self.gain = matrix(1)
-        self.query_scale = matrix(head_dim)
-        self.key_scale = matrix(head_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the gain to where it starts and the scales to 1."""
-        for name, _ in self.named_children():
-            nn.init.constant_(self.get_parameter(f"{name}.weight"), self.start_of(name))
-
-    def start_of(self, name: str) -> float:
-        """Where the entries of a matrix start."""
-        return self.initial_gain if name == "gain" else 1.0
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys across chunks from those inside them, all ``[b, h, s, z]``."""
-        one = torch.ones(1, 1, dtype=q.dtype, device=q.device)
-        each = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        query_scale = self.query_scale(each).T * self.gain(one).T
-        return q * query_scale[:, None], k * self.key_scale(each).T[:, None]
 
 
 class _SwappedAttention(MultiHeadAttention):
@@ -201,7 +155,7 @@ class MixedChunkMultiHeadAttention(_SwappedAttention):
         self.chunk_size = chunk_size
         gain = 0.0 if activation == "softmax" else 1.0
         self.global_path = GlobalPath(self.num_heads, self.head_dim, gain, lora)
-        self.register_load_state_dict_pre_hook(_start_where_checkpoint_is_silent)
+        self.register_load_state_dict_pre_hook(start_where_checkpoint_is_silent)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
         q_local, k_local, q_global, k_global, values = _folded(q, k, *self.global_path(q, k), v)
@@ -338,23 +292,3 @@ class LinearMultiHeadAttention(_SwappedAttention):
 def _folded(*tensors: Tensor) -> list[Tensor]:
     """Heads as rows: ``[b, h, s, z]`` to ``[b * h, s, z]``."""
     return [tensor.flatten(0, 1) for tensor in tensors]
-
-
-def _start_where_checkpoint_is_silent(
-    attention: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: object
-) -> None:
-    """Let checkpoints of the model as it was load strictly: what they lack starts where it would from scratch.
-
-    Only a checkpoint of the whole model is completed; adapters, which come by themselves, are left as they are.
-    """
-    assert isinstance(attention, MixedChunkMultiHeadAttention)
-    projection = state_dict.get(prefix + "q_proj.weight")
-    if projection is None:
-        return
-    path = attention.global_path
-    for name, own in path.named_parameters():
-        matrix, kind = name.split(".", 1)
-        value = own.detach()  # an adapter's two matrices, which recipes have drawn by now
-        if kind == "weight":
-            value = torch.full_like(own, path.start_of(matrix), device=projection.device, requires_grad=False)
-        state_dict.setdefault(f"{prefix}global_path.{name}", value)

@@ -14,6 +14,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
+from flash_plugin.components.host import copy_what_is_merged
 from flash_plugin.components.multi_head import (
     LinearMultiHeadAttention,
     MixedChunkMultiHeadAttention,
@@ -83,6 +84,8 @@ def swap_attention(
             layer.attn = LinearMultiHeadAttention(replaced, placement, impl=impl)
         else:
             layer.attn = QuadraticMultiHeadAttention(replaced, placement, activation=local, impl=impl)
+    if lora is not None:
+        model.register_state_dict_post_hook(copy_what_is_merged)
     model.register_forward_pre_hook(placement.prepare, with_kwargs=True)
     return model
 
