@@ -5,7 +5,9 @@ Shape legend: ``d`` embed_dim, ``e`` expansion * d, ``z`` qk_dim, ``c`` chunk_si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +15,7 @@ from flash_plugin.components.arguments import config_component
 from flash_plugin.components.decoder import FlashDecoder
 from flash_plugin.components.embeddings import TiedEmbedding, TiedOutput
 from flash_plugin.components.gau import GatedAttentionUnit
+from flash_plugin.components.hybrid import attention_layer, check_layers
 from flash_plugin.components.initialization import initialize_weights
 from flash_plugin.components.layer import FlashLayer
 from flash_plugin.components.mixers import MixedChunkMixer, QuadraticMixer
@@ -47,6 +50,10 @@ def flash(
     final_norm: str | None = None,
     tie_embeddings: bool = False,
     unlimited_decoding: bool = False,
+    attention_layers: list[int] | None = None,
+    quadratic_layers: list[int] | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
     impl: str = "auto",
 ) -> FlashDecoder:
     """Build FLASH (paper section 3): gated attention units with mixed chunk attention, linear in the sequence.
@@ -76,6 +83,11 @@ def flash(
         tie_embeddings: Use the token embedding as output projection.
         unlimited_decoding: Let decoding with a cache, whose size is constant, go on past ``max_seq_len``; rotary angles
             are then computed at each position, in place of a table.
+        attention_layers: Indices of layers that are a Transformer's in place of FLASH's: multi-head softmax attention
+            and an MLP, with as many parameters. Their cache grows with the text, their time with its square.
+        quadratic_layers: Indices of layers with FLASH-Quad's attention over whole documents.
+        num_heads: Heads of ``attention_layers``; None for ``embed_dim / qk_dim``.
+        num_kv_heads: Heads of their keys and values; None for as many as queries have.
         impl: Implementation of the attention op: ``auto``, ``triton`` or ``reference``.
 
     Raises:
@@ -86,12 +98,10 @@ def flash(
     """
     check_chunk_size(chunk_size)
 
-    def mixer() -> MixedChunkMixer:
-        bias = build_position_bias(
-            position_bias, qk_dim=qk_dim, rope_base=rope_base, max_length=chunk_size, causal=causal
-        )
-        return MixedChunkMixer(
-            chunk_size,
+    def mixer(index: int) -> MixedChunkMixer | QuadraticMixer:
+        reach = max_seq_len if index in quadratic else chunk_size
+        bias = build_position_bias(position_bias, qk_dim=qk_dim, rope_base=rope_base, max_length=reach, causal=causal)
+        choices: dict[str, Any] = dict(
             position_bias=bias,
             activation=activation,
             normalizer=normalizer,
@@ -99,13 +109,56 @@ def flash(
             dropout=attn_dropout,
             impl=impl,
         )
+        return QuadraticMixer(**choices) if index in quadratic else MixedChunkMixer(chunk_size, **choices)
+
+    _check_positive("num_layers", num_layers)
+    quadratic = check_layers("quadratic_layers", quadratic_layers, num_layers)
+    attention = check_layers("attention_layers", attention_layers, num_layers)
+    if attention & quadratic:
+        raise ValueError(
+            f"attention_layers and quadratic_layers (both {sorted(attention & quadratic)}) must name different layers; "
+            "take them out of one"
+        )
+    if unlimited_decoding and attention | quadratic:
+        raise ValueError(
+            "unlimited_decoding (True) must be False with attention_layers or quadratic_layers, whose caches hold "
+            "max_seq_len tokens; set model.unlimited_decoding=False"
+        )
+    transformer: Callable[..., nn.Module] | None = None
+    if attention:
+        if not causal:
+            raise ValueError("causal (False) must be True with attention_layers; set model.causal=True")
+        if len(attention) == num_layers:
+            raise ValueError(
+                f"attention_layers ({sorted(attention)}) must leave a layer of {num_layers} to FLASH; take one out"
+            )
+        _check_positive("qk_dim", qk_dim)
+        _check_positive("embed_dim", embed_dim)
+        heads = max(embed_dim // qk_dim, 1) if num_heads is None else num_heads
+        transformer = functools.partial(
+            attention_layer,
+            embed_dim=embed_dim,
+            qk_dim=qk_dim,
+            num_heads=heads,
+            num_kv_heads=heads if num_kv_heads is None else num_kv_heads,
+            max_seq_len=max_seq_len,
+            rope_base=rope_base,
+            norm=norm,
+            norm_eps=norm_eps,
+            attn_dropout=attn_dropout,
+        )
+    elif num_heads is not None or num_kv_heads is not None:
+        raise ValueError(
+            f"num_heads ({num_heads}) and num_kv_heads ({num_kv_heads}) must come with attention_layers: FLASH's own "
+            "layers have one head; set model.attention_layers, or leave them out"
+        )
 
     return _build(
         mixer, vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, max_seq_len=max_seq_len,
         expansion=expansion, qk_dim=qk_dim, rope_dim=rope_dim, rope_base=rope_base, absolute_position=absolute_position,
         norm=norm, norm_eps=norm_eps, token_shift=token_shift, causal=causal, proj_bias=proj_bias,
         output_bias=output_bias, final_norm=final_norm, tie_embeddings=tie_embeddings,
-        unlimited_decoding=unlimited_decoding,
+        unlimited_decoding=unlimited_decoding, attention=attention, transformer=transformer,
     )  # fmt: skip
 
 
@@ -137,11 +190,11 @@ def flash_quad(
 ) -> FlashDecoder:
     """Build FLASH-Quad (paper section 2): gated attention units with quadratic attention over whole documents.
 
-    Arguments, errors and result are those of :func:`flash`, without ``chunk_size`` and, its cache growing with the
-    text, ``unlimited_decoding``; ``position_bias`` reaches over ``max_seq_len`` tokens.
+    Arguments, errors and result are those of :func:`flash`, without ``chunk_size``, those about other kinds of layers
+    and, its cache growing with the text, ``unlimited_decoding``; ``position_bias`` reaches over ``max_seq_len`` tokens.
     """
 
-    def mixer() -> QuadraticMixer:
+    def mixer(_index: int) -> QuadraticMixer:
         bias = build_position_bias(
             position_bias, qk_dim=qk_dim, rope_base=rope_base, max_length=max_seq_len, causal=causal
         )
@@ -163,7 +216,7 @@ def flash_quad(
 
 
 def _build(
-    mixer: Callable[[], MixedChunkMixer | QuadraticMixer],
+    mixer: Callable[[int], MixedChunkMixer | QuadraticMixer],
     *,
     vocab_size: int,
     num_layers: int,
@@ -183,8 +236,10 @@ def _build(
     final_norm: str | None,
     tie_embeddings: bool,
     unlimited_decoding: bool = False,
+    attention: Collection[int] = (),
+    transformer: Callable[..., nn.Module] | None = None,
 ) -> FlashDecoder:
-    """What both families share: everything but the mixer."""
+    """What both families share: everything but the mixer, and whatever else is a layer at the indices ``attention``."""
     sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "embed_dim": embed_dim, "max_seq_len": max_seq_len}
     for name, value in {**sizes, "qk_dim": qk_dim}.items():
         _check_positive(name, value)
@@ -204,20 +259,21 @@ def _build(
         raise ValueError("output_bias (True) must be False with tie_embeddings=True; set one of them to False")
     # One table of angles for all layers.
     rotary = RotaryPositions(rope_dim, max_seq_len, rope_base, unlimited=unlimited_decoding) if rope_dim else None
-    layers = [
-        FlashLayer(
-            GatedAttentionUnit(
-                embed_dim=embed_dim,
-                expanded_dim=expanded_dim,
-                qk_dim=qk_dim,
-                mixer=mixer(),
-                rotary=rotary,
-                proj_bias=proj_bias,
-            ),
-            sa_norm=build_norm(norm, embed_dim, norm_eps),
-            token_shift=token_shift,
+
+    def flash_layer(index: int) -> FlashLayer:
+        unit = GatedAttentionUnit(
+            embed_dim=embed_dim,
+            expanded_dim=expanded_dim,
+            qk_dim=qk_dim,
+            mixer=mixer(index),
+            rotary=rotary,
+            proj_bias=proj_bias,
         )
-        for _ in range(num_layers)
+        return FlashLayer(unit, sa_norm=build_norm(norm, embed_dim, norm_eps), token_shift=token_shift)
+
+    layers = [
+        transformer(expanded_dim=expanded_dim) if transformer is not None and index in attention else flash_layer(index)
+        for index in range(num_layers)
     ]
     tok_embeddings, output = _embeddings(vocab_size, embed_dim, tie_embeddings, output_bias)
     model = FlashDecoder(

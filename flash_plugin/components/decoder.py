@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.embeddings import TiedOutput
+from flash_plugin.components.hybrid import attention_mask
 from flash_plugin.components.layer import FlashLayer
 from flash_plugin.components.masks import check_cached_mask, check_mask, padding_of
 from flash_plugin.components.mixers import MixedChunkMixer
@@ -23,7 +26,7 @@ class FlashDecoder(TransformerDecoder):
 
     Args:
         tok_embeddings: Token embedding.
-        layers: FLASH layers.
+        layers: FLASH layers, and causal Transformer layers of torchtune's between them.
         max_seq_len: Longest sequence accepted.
         qk_dim: Width z of queries and keys, torchtune's ``head_dim``.
         norm: Normalisation before the output projection.
@@ -37,7 +40,7 @@ class FlashDecoder(TransformerDecoder):
         self,
         *,
         tok_embeddings: nn.Embedding,
-        layers: list[FlashLayer],
+        layers: Sequence[nn.Module],
         max_seq_len: int,
         qk_dim: int,
         norm: nn.Module,
@@ -59,6 +62,7 @@ class FlashDecoder(TransformerDecoder):
         self.absolute_position = absolute_position
         self.unlimited_decoding = unlimited_decoding
         self._checked_masks: set[tuple[int, ...]] = set()
+        self._flash = [index for index, layer in enumerate(layers) if isinstance(layer, FlashLayer)]
         self._chunk_sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
 
     def setup_caches(
@@ -133,11 +137,16 @@ class FlashDecoder(TransformerDecoder):
             placed = segments if new is None else new
             position = torch.arange(tokens.shape[1], device=tokens.device)[None] if placed is None else placed.position
             h = h + self.absolute_position(position)
+        told: dict[str, Tensor | None] = {}
+        if len(self._flash) < len(self.layers):
+            placed = segments if new is None else new
+            told["input_pos"] = None if placed is None else placed.position
+            told["mask"] = attention_mask(segments, new, self.decoder_max_cache_seq_len)
         hidden = []
         for i, layer in enumerate(self.layers):
             if i in self.output_hidden_states:
                 hidden.append(h)
-            h = layer(h, segments=segments, new=new)
+            h = layer(h, segments=segments, new=new, **told)
         output = self.unembed(h)
         return [*hidden, output] if hidden else output
 
@@ -159,7 +168,7 @@ class FlashDecoder(TransformerDecoder):
         return segments
 
     def _new_tokens(self, tokens: Tensor, mask: object, input_pos: Tensor | None) -> NewTokens:
-        cache = self.layers[0].attn.kv_cache
+        cache = self.layers[self._flash[0]].attn.kv_cache
         if input_pos is None:
             raise ValueError(
                 "input_pos (None) must be given while the cache is enabled; pass each token's position in its "
