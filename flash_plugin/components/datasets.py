@@ -150,7 +150,9 @@ def text_dataset(
         max_tokens (int | None): Keep the first so many tokens of the split. Default is None, no limit.
         min_samples (int): Refuse to train on fewer samples in each process than this. The recipe drops a last batch
             that is not full, so with fewer samples than ``batch_size`` it would train zero steps and save the result:
-            set it to ``${batch_size}``, times the gradient accumulation steps. Default is 1.
+            set it to ``${batch_size}``, times the gradient accumulation steps. Processes that split a model
+            (``tensor_parallel_dim``) share their samples, but which do is not known here, and each counts as one that
+            has its own: too small a corpus is refused, and so is one that would just do. Default is 1.
         load_dataset_kwargs (Mapping[str, Any] | None): Further arguments of ``datasets.load_dataset`` for a Hub data
             set. Default is None.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_plugin.components.cache import FlashCache
+from flash_plugin.components.copies import local
 from flash_plugin.components.mixers import MixedChunkMixer, QuadraticMixer
 from flash_plugin.components.positions import RotaryPositions
 from flash_plugin.kernels import Segments, offset_scale
@@ -38,7 +39,8 @@ class OffsetScale(nn.Module):
         self, x: Tensor, *, angles: Tensor | None = None, silu: bool = False, impl: str = "auto"
     ) -> tuple[Tensor, ...]:
         """Project ``[b, s, z]`` to ``num_projections`` such tensors; see :func:`flash_plugin.kernels.offset_scale`."""
-        return offset_scale(x, self.gamma, self.beta, angles=angles, silu=silu, impl=impl)
+        gamma, beta = local(self.gamma, terms=True), local(self.beta, terms=True)
+        return offset_scale(x, gamma, beta, angles=angles, silu=silu, impl=impl)
 
 
 class GatedAttentionUnit(nn.Module):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from flash_plugin.components.copies import local
 from flash_plugin.kernels import Segments, rms_norm, scale_norm
 from flash_plugin.kernels.validation import is_number
 
@@ -25,7 +27,15 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None) -> Tensor:
         """Normalise ``[..., d]``, and shift tokens ``[b, s, d]`` in the same pass where the op can."""
-        return rms_norm(x, self.weight, self.epsilon, token_shift=token_shift, segments=segments)
+        return rms_norm(x, local(self.weight), self.epsilon, token_shift=token_shift, segments=segments)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm``, also where tensor parallelism copies its parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``[..., d]``."""
+        return F.layer_norm(input, self.normalized_shape, local(self.weight), local(self.bias), self.eps)
 
 
 class ScaleNorm(nn.Module):
@@ -45,7 +55,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None) -> Tensor:
         """Normalise ``[..., d]``, and shift tokens ``[b, s, d]`` in the same pass where the op can."""
-        return scale_norm(x, self.scale, self.eps, token_shift=token_shift, segments=segments)
+        return scale_norm(x, local(self.scale), self.eps, token_shift=token_shift, segments=segments)
 
 
 def build_norm(name: str, dim: int, eps: float) -> nn.Module:
@@ -59,7 +69,7 @@ def build_norm(name: str, dim: int, eps: float) -> nn.Module:
     if name == "rmsnorm":
         return RMSNorm(dim, eps=eps)
     if name == "layernorm":
-        return nn.LayerNorm(dim, eps=eps)
+        return LayerNorm(dim, eps=eps)
     if name == "scalenorm":
         return ScaleNorm(dim, eps=eps)
     raise ValueError(f"norm ({name!r}) must be one of {', '.join(NORMS)}; set norm to one of them")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import RotaryPositionalEmbeddings
 
+from flash_plugin.components.copies import local
+
 POSITION_BIASES = ("none", "rope", "toeplitz", "t5")
 
 
@@ -81,7 +83,7 @@ class ScaledSinusoid(nn.Module):
         """
         exponent = torch.arange(0, self.dim, 2, device=position.device, dtype=torch.float32) / self.dim
         angle = position[..., None].float() * 10000.0**-exponent
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.scale.dtype) * self.scale
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.scale.dtype) * local(self.scale)
 
 
 class ToeplitzBias(nn.Module):
@@ -98,7 +100,7 @@ class ToeplitzBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The bias over t - s for ``length`` tokens, ``[2 length - 1]``."""
-        return self.weight[self.max_length - length : self.max_length + length - 1]
+        return local(self.weight, terms=True)[self.max_length - length : self.max_length + length - 1]
 
 
 class RopeBias(nn.Module):
@@ -120,12 +122,13 @@ class RopeBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The bias over t - s for ``length`` tokens, ``[2 length - 1]``."""
-        distance = torch.arange(1 - length, length, device=self.a.device, dtype=torch.float32)
-        exponent = torch.arange(0, self.dim, 2, device=self.a.device, dtype=torch.float32) / self.dim
+        a, b = local(self.a, terms=True), local(self.b, terms=True)
+        distance = torch.arange(1 - length, length, device=a.device, dtype=torch.float32)
+        exponent = torch.arange(0, self.dim, 2, device=a.device, dtype=torch.float32) / self.dim
         angle = distance[:, None] * self.base**-exponent
-        (a0, a1), (b0, b1) = self.a.unflatten(0, (-1, 2)).unbind(-1), self.b.unflatten(0, (-1, 2)).unbind(-1)
+        (a0, a1), (b0, b1) = a.unflatten(0, (-1, 2)).unbind(-1), b.unflatten(0, (-1, 2)).unbind(-1)
         # (R_t a) . (R_s b) for each pair of features: Re(a conj(b) exp(i (t - s) theta)).
-        return angle.cos().to(self.a.dtype) @ (a0 * b0 + a1 * b1) - angle.sin().to(self.a.dtype) @ (a1 * b0 - a0 * b1)
+        return angle.cos().to(a.dtype) @ (a0 * b0 + a1 * b1) - angle.sin().to(a.dtype) @ (a1 * b0 - a0 * b1)
 
 
 class T5Bias(nn.Module):
@@ -158,7 +161,7 @@ class T5Bias(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The bias over t - s for ``length`` tokens, ``[2 length - 1]``."""
         distance = torch.arange(1 - length, length, device=self.weight.device)
-        values = self.weight[self._bucket(distance)] * self.multiplier
+        values = local(self.weight, terms=True)[self._bucket(distance)] * self.multiplier
         return values / length if self.divide_by_length else values
 
     def _bucket(self, distance: Tensor) -> Tensor:
