@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw as adamw_update
 
 from flash_plugin.components.arguments import config_component
 
@@ -39,12 +42,11 @@ def adamw(
         fused: Use torch's fused kernel; None lets torch choose.
         stochastic_rounding: Round the sum of a bfloat16 weight and its update up or down with probabilities that keep
             its mean. To the nearest, a bfloat16 weight w swallows updates below ``|w| / 512``, and so most of training
-            at small learning rates. torchao does it, compiled by inductor; there is no fused kernel for it.
+            at small learning rates. The same step rounds the same weight alike in every run and on every process.
 
     Raises:
         ValueError: If an argument is unknown or out of range, there are no parameters, or ``stochastic_rounding`` is
             asked for with ``fused`` or where no weight is bfloat16.
-        RuntimeError: If ``stochastic_rounding`` is asked for and torchao is older than 0.11.
     """
     if len(betas) != 2:
         raise ValueError(f"betas ({list(betas)}) must be two numbers; set optimizer.betas=[0.9,0.95]")
@@ -69,14 +71,76 @@ def adamw(
             f"stochastic_rounding (True) must come with bfloat16 weights, and they are {params[0].dtype}; "
             "set dtype=bf16 or optimizer.stochastic_rounding=False"
         )
-    try:
-        from torchao.optim import _AdamW
-    except ImportError:
-        raise RuntimeError(
-            "stochastic_rounding (True) needs torchao 0.11 or newer; run: pip install -U 'torchao<0.16', or set "
-            "optimizer.stochastic_rounding=False"
-        ) from None
-    return _AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, bf16_stochastic_round=True)
+    return StochasticAdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+
+
+class StochasticAdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose bfloat16 weights take in each update at its exact mean.
+
+    torch's own update runs in float32, one parameter at a time; the weight is then rounded up or down at random.
+    torchao has such an optimizer, which cannot do it to the DTensors of a distributed run (0.15 with torch 2.13).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have gradients.
+
+        Args:
+            closure: Computes the loss anew, as torch's optimizers have it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self._update(parameter, group, seed=number << 32 | index)
+        return loss
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], seed: int) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        held = [_own(tensor) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        weight, *moments = (tensor.float() for tensor in held)
+        assert parameter.grad is not None
+        adamw_update(
+            [weight],
+            [_own(parameter.grad).float()],
+            [moments[0]],
+            [moments[1]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        if parameter.dtype == torch.bfloat16:
+            # Seeded by the step, not drawn on: copies of a weight on several processes stay the same, and a run that
+            # resumes rounds as the uninterrupted one does, though recipes keep no random state.
+            generator = torch.Generator(weight.device).manual_seed(hash((seed, int(state["step"]))))
+            weight = _round_at_random(weight, generator)
+        for tensor, value in zip(held, (weight, *moments), strict=True):
+            tensor.copy_(value)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 values to a bfloat16 neighbour each, up or down with probabilities that make ``x`` the mean."""
+    # bfloat16 is the upper half of float32: a random number below 2^16 carries into it as often as the lower half says.
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

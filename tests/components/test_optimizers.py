@@ -52,7 +52,6 @@ def test_a_parameter_alone_has_one_group(shape: tuple[int, ...]) -> None:
     assert len(adamw([nn.Parameter(torch.ones(shape))]).param_groups) == 1
 
 
-@pytest.mark.slow
 def test_stochastic_rounding_keeps_the_mean_of_small_updates() -> None:
     size, steps, lr = 4096, 20, 1e-4  # half an ulp of 1 in bfloat16 is 2e-3 below it
     moved = {}
@@ -67,6 +66,35 @@ def test_stochastic_rounding_keeps_the_mean_of_small_updates() -> None:
     assert moved[False] == 0
     # Of 32,768 weights each moves 2^-8 with probability 0.4 in the end: the mean is known to 1 %.
     assert moved[True] == pytest.approx(steps * lr, rel=0.05)
+
+
+def test_stochastic_rounding_is_torchs_update_but_for_rounding() -> None:
+    results = []
+    for dtype, stochastic in ((torch.float32, False), (torch.bfloat16, True)):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(64, 64).bfloat16().to(dtype))
+        optimizer = adamw([weight, nn.Parameter(torch.ones(8, dtype=dtype))], lr=0.05, stochastic_rounding=stochastic)
+        for _ in range(5):
+            weight.grad = torch.randn(64, 64).bfloat16().to(dtype)
+            optimizer.step()
+        results.append(weight.detach().float())
+    assert (results[0] - results[1]).abs().max() < 5 * 2**-7 * results[0].abs().max()
+    assert ((results[0] - results[1]).mean()).abs() < 1e-3
+
+
+def test_a_step_rounds_alike_in_every_run() -> None:
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weight = nn.Parameter(torch.linspace(-1, 1, 64).reshape(8, 8).bfloat16())
+        optimizer = adamw([weight], lr=1e-3, stochastic_rounding=True)
+        steps = []
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            steps.append(weight.detach().clone())
+        weights.append(steps)
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize(
