@@ -105,10 +105,14 @@ class StochasticAdamW(torch.optim.AdamW):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         held = [_own(tensor) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
         weight, *moments = (tensor.float() for tensor in held)
-        assert parameter.grad is not None
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+            # Tensor parallelism may leave the gradient of a split table whole on every process.
+            gradient = gradient.redistribute(placements=parameter.placements)
+        assert gradient is not None
         adamw_update(
             [weight],
-            [_own(parameter.grad).float()],
+            [_own(gradient).float()],
             [moments[0]],
             [moments[1]],
             [],
