@@ -1,0 +1,42 @@
+"""The study of swapped attention runs all its stages and says what it measured."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.test_stock_recipes import ROOT
+
+pytestmark = pytest.mark.slow
+
+TINY = [
+    *("seq_lens=[64,128]", "windows=2", "turns=2", "num_threads=1"),
+    *("sizes.num_layers=2", "sizes.embed_dim=64", "sizes.intermediate_dim=96", "lora.lora_rank=4"),
+    *("pretrain.max_steps_per_epoch=40", "recover.max_steps_per_epoch=30", "common.lr_scheduler.num_warmup_steps=5"),
+    *("common.tokenizer.max_seq_len=128", "common.dataset.max_tokens=60000", "recover.optimizer.lr=1e-2"),
+    *("~swaps.every_2", "~swaps.chunks_of_256", "~swaps.linear", "swaps.chunks_of_64.chunk_size=16"),
+]
+
+
+def test_a_small_llama_is_trained_swapped_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, str(ROOT / "recipes/study_swap.py"), "--config", str(ROOT / "configs/study_swap.yaml")]
+    done = subprocess.run([*command, *TINY], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    output = tmp_path / "outputs/study_swap"
+    lines = (output / "study_swap.csv").read_text().splitlines()
+    assert "torchtune" in lines[0]
+    assert "study_swap.yaml" in lines[0]
+    rows = list(csv.DictReader(lines[1:]))
+    stages = ["original", "trained on", "right after the swap", "after LoRA", "after distillation"]
+    assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
+    loss = {row["stage"]: float(row["bits_per_byte"]) for row in rows if row["seq_len"] == "128"}
+    assert loss["original"] < 8  # of 259 tokens, more than nothing is learned
+    assert loss["right after the swap"] != loss["original"]
+    assert loss["after LoRA"] < loss["right after the swap"]
+    assert loss["after distillation"] < loss["right after the swap"]
+    assert all(float(row["tokens_per_s_p20"]) <= float(row["tokens_per_s_p80"]) for row in rows)
+    assert (output / "study_swap.md").read_text() in done.stdout + "\n"
+    assert all((output / f"{name}.yaml").is_file() for name in ("original", "chunks_of_64_lora", "chunks_of_64_kd"))
