@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -15,6 +18,7 @@ from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, copy_f
 
 CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 STAGING_DIRNAME = ".saving"
+EPOCH_FOLDER = r"epoch_(\d+)"
 MAX_LISTED = 8
 
 
@@ -111,13 +115,50 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+def base_of_adapter(file: str | None, adapter: Path) -> str:
+    """The name of the weights below an adapter, which only a config knows.
+
+    Args:
+        file: What the config names, if anything.
+        adapter: The file of the adapter.
+
+    Raises:
+        ValueError: If the config names none.
+    """
+    if file is None:
+        raise ValueError(
+            f"checkpoint_files (None) must name the weights that the adapter {adapter} was trained on; set "
+            "checkpointer.checkpoint_dir and checkpointer.checkpoint_files as in the run to resume"
+        )
+    return file
+
+
+def check_same_epoch(trained: Path, recipe_state: Path, folder: str) -> None:
+    """Refuse weights from an epoch folder that is not the recipe state's.
+
+    Args:
+        trained: The file of the weights.
+        recipe_state: The file of the recipe state.
+        folder: The epoch folder of the save that wrote the recipe state.
+
+    Raises:
+        ValueError: If ``trained`` lies in another epoch folder.
+    """
+    if re.fullmatch(EPOCH_FOLDER, trained.parent.name) and trained.parent.name != folder:
+        raise ValueError(
+            f"recipe_checkpoint ({recipe_state}) must be of the same epoch as {trained}, and it was saved with "
+            f"{folder}; set checkpointer.checkpoint_files=null to resume from there"
+        )
+
+
 class AtomicSave:
     """Write several files below ``root`` so that a failure or a kill at any moment leaves the old ones usable.
 
     Everything is first written into one staging folder below ``root`` and forced to disk. Leaving the block renames
     the files into place one by one, in the order of :meth:`write`: whoever is killed between two renames leaves
     whole files only, of which the later ones are still the old ones. Leaving it by an error changes nothing.
-    The staging folder that a killed process left behind is removed by the next save.
+    The staging folder that a killed process left behind is removed by the next save. Should two processes save at once
+    (the workers of a launcher that was killed live on), the second waits for the first.
 
     Args:
         root: The folder that the names given to :meth:`write` are relative to.
@@ -127,10 +168,20 @@ class AtomicSave:
         self._root = root
         self._staging = root / STAGING_DIRNAME
         self._written: list[Path] = []
+        self._retired: list[Path] = []
 
     def __enter__(self) -> AtomicSave:
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._root, os.O_RDONLY)
+        try:
+            # Some network file systems have no locks: there, nothing stops two processes that share a folder.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(
@@ -141,6 +192,7 @@ class AtomicSave:
                 self._publish()
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
+            os.close(self._lock)
 
     def write(self, name: str, content: object) -> Path:
         """Write ``content`` aside with ``torch.save``, and return where it lies until the block is left."""
@@ -156,6 +208,19 @@ class AtomicSave:
         companions = sorted(path for path in (self._staging / name).rglob("*") if path.is_file())
         self._written.extend(path for path in companions if path not in self._written)
 
+    def retire_epochs(self, last: int, spare: Path) -> None:
+        """Remove the epoch folders up to ``last`` once everything that was written is in place.
+
+        Args:
+            last: The number of the last epoch to remove.
+            spare: A folder that stays, with those that it lies in.
+        """
+        spared = (spare.resolve(), *spare.resolve().parents)
+        for path in self._root.iterdir():
+            epoch = re.fullmatch(EPOCH_FOLDER, path.name)
+            if epoch and int(epoch[1]) <= last and path.resolve() not in spared:
+                self._retired.append(path)
+
     def _publish(self) -> None:
         for path in self._written:
             _force_to_disk(path)
@@ -166,6 +231,9 @@ class AtomicSave:
             # A rename is on disk only when its folder is, and the next rename must not get there first.
             _force_to_disk(target.parent)
         _force_to_disk(self._root)
+        for folder in self._retired:
+            # Whole or gone: what is moved to the staging folder goes with it, if need be at the next save.
+            os.replace(folder, self._staging / f"{folder.name}.retired")
 
 
 def _force_to_disk(path: Path) -> None:

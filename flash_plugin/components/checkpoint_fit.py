@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_plugin.components.checkpoint_files import listing
+from flash_plugin.components.losses import AFTER_DIVERGENCE
 from flash_plugin.components.quantizers import quantization_of
 
 EMBEDDING_KEY = "tok_embeddings.weight"
@@ -32,11 +33,29 @@ def check_tensors(weights: Mapping[str, Any], source: str) -> None:
             f"checkpoint {source} must map names to tensors, and these are no tensors: {listing(others)}; "
             "name the file of the weights, such as epoch_0/model-00001-of-00001.bin"
         )
-    broken = [key for key, tensor in weights.items() if _is_plain_float(tensor) and not tensor.isfinite().all()]
+    broken = _not_finite(weights)
     if broken:
         raise ValueError(
             f"checkpoint {source} must hold finite weights, and these hold NaN or infinity: {listing(broken)}; "
             "training had diverged, so load an earlier epoch and lower the learning rate or clip gradients"
+        )
+
+
+def check_finite(weights: Mapping[str, Tensor], epoch: int) -> None:
+    """Refuse to save weights that are not finite.
+
+    Args:
+        weights: The state dict to save.
+        epoch: The epoch that it would be saved as.
+
+    Raises:
+        ValueError: If a tensor holds NaN or infinity.
+    """
+    broken = _not_finite(weights)
+    if broken:
+        raise ValueError(
+            f"the weights of epoch {epoch} must be finite to be saved, and these hold NaN or infinity: "
+            f"{listing(broken)}; training has diverged and earlier checkpoints are as they were: {AFTER_DIVERGENCE}"
         )
 
 
@@ -137,6 +156,10 @@ def _remedy(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
                 f"set model.vocab_size={theirs} and use the tokenizer that the checkpoint was trained with"
             )
     return "give the model the arguments that the checkpoint was trained with"
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, tensor in weights.items() if _is_plain_float(tensor) and not tensor.isfinite().all()]
 
 
 def _is_plain_float(tensor: Tensor) -> bool:

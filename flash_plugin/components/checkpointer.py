@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune import config, training
-from torchtune.modules.peft import get_adapter_params
 from torchtune.training import FullModelTorchTuneCheckpointer
 from torchtune.training.checkpointing._utils import (
     ADAPTER_MODEL_FNAME,
@@ -25,6 +23,8 @@ from torchtune.utils import get_logger, log_rank_zero
 from flash_plugin.components.arguments import config_component
 from flash_plugin.components.checkpoint_files import (
     AtomicSave,
+    base_of_adapter,
+    check_same_epoch,
     check_writable,
     content_id,
     find_checkpoint,
@@ -34,13 +34,15 @@ from flash_plugin.components.checkpoint_files import (
     read_checkpoint,
 )
 from flash_plugin.components.checkpoint_fit import (
+    check_finite,
     check_fit,
     check_precision,
     check_tensors,
     is_packed,
     refuse_quantizer,
 )
-from flash_plugin.components.initialization import initialize_weights
+from flash_plugin.components.initialization import InitialWeights
+from flash_plugin.components.peft import adapter_keys
 
 MODEL_FILE = SHARD_FNAME.format(cpt_idx="00001", num_shards="00001") + ".bin"
 ADAPTER_FILE = ADAPTER_MODEL_FNAME + ".pt"
@@ -60,7 +62,8 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
     * **Loading**: a file that is damaged, holds NaN, or does not fit ``init_model`` is refused, and so are
       full-precision weights for a quantized model and quantized weights for any other.
     * **Resuming**: with no ``checkpoint_files``, the epoch that the recipe state belongs to is found.
-    * **Saving**: a kill or a full disk leaves the last checkpoint loadable and resumable.
+    * **Saving**: a kill or a full disk leaves the last checkpoint loadable and resumable. Weights that are not finite
+      are refused.
 
     The layout below ``output_dir`` is ``epoch_N/model-00001-of-00001.bin``, ``epoch_N/adapter_model.pt`` (LoRA) and
     ``recipe_state/recipe_state.pt``. The stock constructor is not called: it demands a file, and a ``model_type``
@@ -77,6 +80,8 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         init_seed: Seed of the weights drawn from scratch.
         quantizer: The quantizer's own node; in YAML ``quantizer: ${quantizer}``, in configs that run a quantized
             model (``eleuther_eval``, ``generate``). One that the recipe does not know, and would ignore, is refused.
+        keep_last: How many epochs to keep: with each save, the folders ``epoch_N`` of older ones are removed, with all
+            that they hold, except for the one that the recipe state belongs to. Null keeps all.
         adapter_checkpoint: The adapter to resume, in ``output_dir``; by default the matching epoch's, if there is one.
         recipe_checkpoint: The recipe state to resume, in ``output_dir``; by default ``recipe_state/recipe_state.pt``.
         resume_from_checkpoint: The same as ``should_load_recipe_state``.
@@ -97,6 +102,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         init_model: Mapping[str, Any] | None = None,
         init_seed: int = 0,
         quantizer: Mapping[str, Any] | None = None,
+        keep_last: int | None = None,
         adapter_checkpoint: str | None = None,
         recipe_checkpoint: str | None = None,
         resume_from_checkpoint: bool = False,
@@ -112,6 +118,9 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
                 f"init_model ({init_model!r}) must be a model's node with its _component_; "
                 "write init_model: ${model} below checkpointer"
             )
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last ({keep_last}) must be at least 1, or null to keep all; set keep_last=null")
+        self._keep_last = keep_last
         self._init_model, self._init_seed, self._quantizer = dict(init_model or {}), init_seed, dict(quantizer or {})
         self._output_dir = Path(output_dir)
         # DistributedCheckpointer, which saves asynchronously, copies this attribute and wants a path.
@@ -147,7 +156,8 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
             weights_only: Passed on to ``torch.load``; recipes set it to ``False`` when they have quantized the model.
 
         Returns:
-            The state dict under ``model``; when resuming also the recipe state's keys, and LoRA's under ``adapter``.
+            The state dict under ``model`` (from scratch a mapping that draws each tensor when it is read); when
+            resuming also the recipe state's keys, and LoRA's under ``adapter``.
 
         Raises:
             ValueError: If a file is damaged, holds values that are not finite, is not in the precision that the
@@ -156,9 +166,9 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         if weights_only and self._quantizer:
             refuse_quantizer(str(self._quantizer.get("_component_")))
         if self._checkpoint_path is None:
-            weights = self._initial_weights()
-            check_precision(weights, "(None, weights from scratch)", quantized=not weights_only)
-            return {training.MODEL_KEY: weights}
+            initial = self._initial_weights()
+            check_precision(initial.parameters, "(None, weights from scratch)", quantized=not weights_only)
+            return {training.MODEL_KEY: initial}
         weights = read_checkpoint(self._checkpoint_path, weights_only=weights_only)
         check_tensors(weights, str(self._checkpoint_path))
         check_precision(weights, str(self._checkpoint_path), quantized=not weights_only)
@@ -169,6 +179,9 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         if self._adapter_checkpoint is not None:
             checkpoint[training.ADAPTER_KEY] = read_checkpoint(self._adapter_checkpoint)
             check_tensors(checkpoint[training.ADAPTER_KEY], str(self._adapter_checkpoint))
+        elif self._recipe_checkpoint is not None and self._init_model and not adapter_keys(self._build_meta_model()):
+            # Recipes that train adapters resume with nothing else, though all that they train may be in the model.
+            checkpoint[training.ADAPTER_KEY] = {}
         if self._recipe_checkpoint is not None:
             checkpoint.update(read_checkpoint(self._recipe_checkpoint, mmap=False))
             checkpoint.pop(TRAINED_WEIGHTS_KEY, None)
@@ -190,14 +203,16 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
             adapter_only: Whether to leave the model out.
 
         Raises:
-            ValueError: If ``adapter_only`` is set and there is no adapter.
+            ValueError: If weights are not finite, or ``adapter_only`` is set and there is no adapter.
             RuntimeError: If the files cannot be written; earlier checkpoints are then as they were.
         """
-        if adapter_only and training.ADAPTER_KEY not in state_dict:
+        if adapter_only and not state_dict.get(training.ADAPTER_KEY):
             raise ValueError(
                 "adapter_only (True) must come with adapter weights, and the state dict holds none; "
                 "set save_adapter_weights_only=False"
             )
+        for key in (training.MODEL_KEY, training.ADAPTER_KEY):
+            check_finite(state_dict.get(key, {}), epoch)
         folder = f"epoch_{epoch}"
         try:
             with AtomicSave(self._output_dir) as save:
@@ -205,13 +220,17 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
                     save.copy_companions(self._checkpoint_dir, folder)
                 if not adapter_only:
                     trained = save.write(f"{folder}/{MODEL_FILE}", state_dict[training.MODEL_KEY])
-                if training.ADAPTER_KEY in state_dict:
+                if state_dict.get(training.ADAPTER_KEY):
                     trained = save.write(f"{folder}/{ADAPTER_FILE}", state_dict[training.ADAPTER_KEY])
                 if intermediate_checkpoint:
                     weights = (training.MODEL_KEY, training.ADAPTER_KEY, training.ADAPTER_CONFIG)
                     recipe_state = {key: value for key, value in state_dict.items() if key not in weights}
                     recipe_state[TRAINED_WEIGHTS_KEY] = content_id(trained)
                     save.write(RECIPE_STATE_FILE, recipe_state)
+                if self._keep_last is not None:
+                    # A run's last save leaves the recipe state of the epoch before.
+                    kept = self._keep_last if intermediate_checkpoint else max(self._keep_last, 2)
+                    save.retire_epochs(last=epoch - kept, spare=self._checkpoint_dir)
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
             free = shutil.disk_usage(self._output_dir).free / 2**30
             raise RuntimeError(
@@ -259,10 +278,10 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
             self._checkpoint_path = trained
         else:
             trained = find_checkpoint("adapter_checkpoint", adapter, self._output_dir)
-            self._checkpoint_path = self._find_base(_base_of_adapter(file, trained), checkpoint_dir)
+            self._checkpoint_path = self._find_base(base_of_adapter(file, trained), checkpoint_dir)
             self._adapter_checkpoint = trained
         self._recipe_checkpoint = recipe_path
-        _check_same_epoch(trained, recipe_path, folder)
+        check_same_epoch(trained, recipe_path, folder)
         if state.get(TRAINED_WEIGHTS_KEY) not in (None, content_id(trained)):
             raise ValueError(
                 f"recipe_checkpoint ({recipe_path}) must be of the same run as {trained}, which has been replaced "
@@ -270,18 +289,16 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
             )
         log_rank_zero(logger, f"Resuming after epoch {epochs_run - 1} with {trained} and {recipe_path}")
 
-    def _initial_weights(self) -> dict[str, Tensor]:
-        """The weights of ``init_model`` drawn from ``init_seed``, in float32 on the CPU."""
+    def _initial_weights(self) -> InitialWeights:
+        """The weights of ``init_model`` drawn from ``init_seed``, in float32 on the CPU, whenever they are read."""
         model = self._build_meta_model()
-        if _adapter_keys(model):
+        if adapter_keys(model):
             raise ValueError(
                 f"checkpoint_files (None) must name trained weights for {self._model_name}, whose adapters cannot mend "
                 "random ones; set checkpointer.checkpoint_dir and checkpointer.checkpoint_files"
             )
-        # Not built on the CPU, where every module would first draw its weights by itself: six times slower.
-        initialize_weights(model.to_empty(device="cpu"), seed=self._init_seed)
-        weights = dict(model.state_dict())
-        undefined = sorted(weights.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+        weights = InitialWeights(model, self._init_seed)
+        undefined = sorted(model.state_dict().keys() - weights.keys())
         if undefined:
             raise ValueError(
                 f"init_model ({self._model_name}) must keep nothing but parameters in its state dict, and it has the "
@@ -297,7 +314,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
             model.state_dict(),
             source=str(self._checkpoint_path),
             model=self._model_name,
-            optional=_adapter_keys(model),
+            optional=adapter_keys(model),
         )
 
     def _build_meta_model(self) -> nn.Module:
@@ -321,27 +338,3 @@ def _single_file(checkpoint_files: list[str] | None) -> str | None:
             f"write checkpoint_files: [{MODEL_FILE}]"
         )
     return str(checkpoint_files[0])
-
-
-def _base_of_adapter(file: str | None, adapter: Path) -> str:
-    if file is None:
-        raise ValueError(
-            f"checkpoint_files (None) must name the weights that the adapter {adapter} was trained on; set "
-            "checkpointer.checkpoint_dir and checkpointer.checkpoint_files as in the run to resume"
-        )
-    return file
-
-
-def _check_same_epoch(trained: Path, recipe_state: Path, folder: str) -> None:
-    """Refuse weights from an epoch folder that is not the recipe state's."""
-    if re.fullmatch(r"epoch_\d+", trained.parent.name) and trained.parent.name != folder:
-        raise ValueError(
-            f"recipe_checkpoint ({recipe_state}) must be of the same epoch as {trained}, and it was saved with "
-            f"{folder}; set checkpointer.checkpoint_files=null to resume from there"
-        )
-
-
-def _adapter_keys(model: nn.Module) -> frozenset[str]:
-    """Names of the adapters' parameters; none where a module declares all of its own (as distillation wants)."""
-    adapters = frozenset(get_adapter_params(model))
-    return adapters if adapters < frozenset(name for name, _ in model.named_parameters()) else frozenset()

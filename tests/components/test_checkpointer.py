@@ -21,7 +21,7 @@ from torchtune.training.checkpointing._checkpointer import DistributedCheckpoint
 from torchtune.training.quantization import Int8DynActInt4WeightQuantizer
 
 from flash_plugin.components.checkpointer import MODEL_FILE, FlashCheckpointer
-from flash_plugin.components.initialization import initialize_weights
+from flash_plugin.components.initialization import InitialWeights, initialize_weights
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -131,6 +131,27 @@ def test_the_recipes_route_from_yaml(output: Path) -> None:
     assert digest(checkpointer.load_checkpoint()[training.MODEL_KEY]) == digest(drawn())
     # The asynchronous client of the distributed recipe builds its own from these.
     DistributedCheckpointer(checkpoint_dir=checkpointer._checkpoint_dir, output_dir=checkpointer._output_dir)
+
+
+def test_weights_from_scratch_are_drawn_when_they_are_read_and_not_kept(output: Path) -> None:
+    large = MODEL | {"vocab_size": 2**20, "embed_dim": 2**16, "num_layers": 10**3, "chunk_size": 16}  # 100 TB
+    weights = FlashCheckpointer(output_dir=str(output), init_model=large).load_checkpoint()[training.MODEL_KEY]
+    assert len(weights) == len(list(weights)) == 10**3 * 7 + 3
+    name = "layers.999.attn.offset_scale.gamma"
+    assert weights[name] is not weights[name]
+    assert torch.equal(weights[name], weights[name])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_modules_share_are_the_same_under_every_name(tied: bool) -> None:
+    model = build(num_layers=4, tie_embeddings=tied)
+    model.layers[1] = model.layers[0]  # a layer used twice
+    model.layers[3].attn.v_proj.weight = model.layers[2].attn.v_proj.weight  # a weight of two modules
+    weights = InitialWeights(model, seed=3)
+    initialize_weights(model, seed=3)
+    expected = model.state_dict()
+    assert list(weights) == list(expected)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 # What the constructor refuses
