@@ -17,9 +17,11 @@ from flash_plugin._environment import check_environment
 __version__ = "0.1.0"
 
 _SIZES = ("debug", "125m", "350m", "1b", "3b", "7b")
+_FAMILIES = ("flash", "flash_quad", "lora_flash", "lora_flash_quad")
 _COMPONENTS = {
     "builders": ("flash", "flash_quad"),
-    "sizes": tuple(f"{family}_{size}" for family in ("flash", "flash_quad") for size in _SIZES),
+    "peft": ("lora_flash", "lora_flash_quad"),
+    "sizes": tuple(f"{family}_{size}" for family in _FAMILIES for size in _SIZES),
     "decoder": ("FlashDecoder",),
     "layer": ("FlashLayer",),
     "gau": ("GatedAttentionUnit", "OffsetScale"),
@@ -31,10 +33,12 @@ _COMPONENTS = {
     "cache": ("FlashCache", "LinearCache"),
     "initialization": ("initialize_weights",),
     "checkpointer": ("FlashCheckpointer",),
+    "losses": ("CEWithChunkedOutputLoss", "CrossEntropyLoss"),
     "optimizers": ("adamw",),
     "quantizers": ("Int8DynActInt8WeightQuantizer", "Int8WeightOnlyQuantizer"),
     "tokenizers": ("TiktokenTokenizer", "byte_tokenizer", "tiktoken_tokenizer"),
     "datasets": ("text_dataset", "token_dataset"),
+    "tensor_parallel": ("flash_tp_plan",),
 }
 _MODULE_OF = {name: module for module, names in _COMPONENTS.items() for name in names}
 

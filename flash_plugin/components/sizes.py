@@ -1,4 +1,4 @@
-"""The sizes a config can name, as one table, for both families."""
+"""The sizes a config can name, as one table, for both families, with and without adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from flash_plugin.components.arguments import config_component
 from flash_plugin.components.builders import flash, flash_quad
 from flash_plugin.components.decoder import FlashDecoder
+from flash_plugin.components.peft import lora_flash, lora_flash_quad
 
 # GPT-2's 50,257 tokens and room for special ones, rounded up for the hardware.
 _VOCABULARY = 50304
@@ -29,8 +30,8 @@ SIZES: dict[str, dict[str, Any]] = {
 def _sized(builder: Callable[..., FlashDecoder], name: str, numbers: dict[str, Any]) -> Callable[..., FlashDecoder]:
     """``builder`` with the defaults of a size; every argument can still be overridden."""
 
-    def build(**overrides: Any) -> FlashDecoder:
-        return builder(**{**numbers, **overrides})
+    def build(*positional: Any, **overrides: Any) -> FlashDecoder:
+        return builder(*positional, **{**numbers, **overrides})
 
     signature = inspect.signature(builder)
     parameters = [
@@ -51,7 +52,7 @@ def _fits(builder: Callable[..., FlashDecoder], numbers: dict[str, Any]) -> dict
 
 SIZED_BUILDERS: dict[str, Callable[..., FlashDecoder]] = {
     f"{builder.__name__}_{size}": _sized(builder, f"{builder.__name__}_{size}", _fits(builder, numbers))
-    for builder in (flash, flash_quad)
+    for builder in (flash, flash_quad, lora_flash, lora_flash_quad)
     for size, numbers in SIZES.items()
 }
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from flash_plugin.components.quantizers import quantization_of
+from tests.recipes.on_cpu import run_on_cpu
 from tests.recipes.test_stock_recipes import ROOT, TINY, tune
 
 pytestmark = pytest.mark.slow
@@ -20,19 +21,6 @@ QAT = [f"quantizer._component_={QUANTIZERS}.Int8DynActInt4WeightQATQuantizer", "
 # The post-training one, which torchtune wants for what the other has trained.
 POST = [f"quantizer._component_={QUANTIZERS}.Int8DynActInt4WeightQuantizer", "quantizer.groupsize=32"]
 DEBUG = ["--config", str(ROOT / "configs/flash_debug.yaml")]
-
-# The stock recipe, with what in it and in torchtune works on a GPU alone put out of its way.
-ON_CPU = """
-import runpy, sys
-import torch.distributed as distributed
-from torchtune import training
-
-init_process_group = distributed.init_process_group
-distributed.init_process_group = lambda _backend: init_process_group("gloo")  # recipes/qat_distributed.py:950
-training.get_memory_stats = training.log_memory_stats = lambda *_args, **_rest: None  # :530
-training.cleanup_before_training = lambda: None  # torchtune/training/memory.py:51
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
-"""
 
 
 @pytest.mark.skipif(torch.distributed.is_nccl_available(), reason="the recipe asks for NCCL, which is there")
@@ -45,15 +33,10 @@ def test_without_nccl_the_host_stops_the_recipe(tmp_path: Path) -> None:
 def test_trained_quantized_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("HF_HOME", str(tmp_path / "hub"))):
         monkeypatch.setenv(name, value)
-    (tmp_path / "on_cpu.py").write_text(ON_CPU)
-    stock = Path(torch.__file__).parents[1] / "recipes/qat_distributed.py"
-    launcher = str(Path(sys.executable).parent / "torchrun")
-    command = [launcher, "--standalone", "--nproc_per_node", "1", "on_cpu.py", str(stock), *DEBUG, *TINY, *QAT]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    printed = run_on_cpu("qat_distributed", *DEBUG, *TINY, *QAT, cwd=tmp_path)
     trained = tmp_path / "outputs/flash_debug/epoch_0/model-00001-of-00001.bin"
     assert trained.is_file()
-    losses = [float(loss) for loss in re.findall(r"Loss: ([\d.]+)", done.stderr)]
+    losses = [float(loss) for loss in re.findall(r"Loss: ([\d.]+)", printed)]
     assert losses[-1] < losses[0]
 
     quantize = ["--config", str(ROOT / "configs/flash_quantize.yaml"), *MODEL, "~quantizer.embeddings", *POST]
