@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+# Tests run side by side, one thread each; every worker takes some 2 GiB.
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -14,7 +16,7 @@ train: $(STAMP)
 	$(BIN)/tune run generate --config configs/generate.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
