@@ -15,7 +15,7 @@ from flash_plugin.kernels.layout import LinearState, state_dtype
 from flash_plugin.kernels.new_tokens import NewTokens, empty_cursor, place_new_tokens
 
 
-class _Cache(nn.Module):
+class DecodingCache(nn.Module):
     """What all decoding caches share: the cursor, and buffers that are no part of a model's state dict.
 
     They carry no gradients from call to call.
@@ -65,7 +65,7 @@ class _Cache(nn.Module):
             self.empty = False
 
 
-class FlashCache(_Cache):
+class FlashCache(DecodingCache):
     """What a layer keeps of the tokens behind it, found by torchtune as ``kv_cache``.
 
     With a ``chunk_size`` (FLASH) its size does not depend on how many tokens came: keys and values of the current
@@ -147,7 +147,7 @@ class FlashCache(_Cache):
         return before[:, None]
 
 
-class LinearCache(_Cache):
+class LinearCache(DecodingCache):
     """What linear attention keeps of the tokens behind it, of a size that does not depend on how many came.
 
     Args:

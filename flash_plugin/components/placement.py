@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from flash_plugin.components.cache import FlashCache, LinearCache
+from flash_plugin.components.cache import DecodingCache
 from flash_plugin.components.masks import check_cached_mask, check_mask
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
@@ -61,7 +61,7 @@ class Placement:
             check_mask(mask, rows, tokens, True, has_positions=input_pos is not None)
             self._checked_masks.add(kind)
 
-    def of(self, x: Tensor, input_pos: Tensor | None, heads: int, cache: FlashCache | LinearCache | None) -> Placed:
+    def of(self, x: Tensor, input_pos: Tensor | None, heads: int, cache: DecodingCache | None) -> Placed:
         """Places of ``[b, s, d]`` inputs, for layers; one that is called by itself works out its own.
 
         Raises:
@@ -72,7 +72,7 @@ class Placement:
         return self._place(x.shape, input_pos, heads, cache)
 
     def _place(
-        self, shape: tuple[int, ...], input_pos: Tensor | None, heads: int, cache: FlashCache | LinearCache | None
+        self, shape: tuple[int, ...], input_pos: Tensor | None, heads: int, cache: DecodingCache | None
     ) -> Placed:
         if input_pos is None:
             if cache is not None:

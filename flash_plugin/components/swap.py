@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
+from flash_plugin.components.fla_layers import PREFIX, FlaAttention, FlaPlacement, find_layer, start_new_layers
 from flash_plugin.components.host import copy_what_is_merged
 from flash_plugin.components.multi_head import (
     LinearMultiHeadAttention,
@@ -34,6 +35,7 @@ def swap_attention(
     chunk_size: int = 256,
     local: str = "softmax",
     impl: str = "auto",
+    attention_args: Mapping[str, Any] | None = None,
     **builder_args: Any,
 ) -> TransformerDecoder:
     """Build a model of torchtune's, LoRA builders included, and put FLASH's attention into its layers.
@@ -43,25 +45,39 @@ def swap_attention(
     only: sequences of one chunk get the original's logits, and the global part opens in training, from zero. With
     ``local="relu2"``, from scratch, it is the paper's MC-TFM.
 
+    A layer of flash-linear-attention, such as ``attention="fla.layers.GatedLinearAttention"``, brings weights of its
+    own instead. Where a checkpoint has none for it, it begins with initial ones, and the attention that it replaces
+    is left out: it is for training of all weights. It runs on a GPU alone.
+
     Args:
         builder: Dotted path of the builder, such as ``torchtune.models.llama3_2.llama3_2_1b``.
-        attention: ``mixed_chunk``, linear in the sequence; ``quadratic``, FLASH-Quad's; or ``linear``, with features
-            ``elu(x) + 1`` and a denominator.
+        attention: ``mixed_chunk``, linear in the sequence; ``quadratic``, FLASH-Quad's; ``linear``, with features
+            ``elu(x) + 1`` and a denominator; or the dotted path of a layer below ``fla.layers``.
         layers: ``all``; ``every_N``, the last of each N layers; or a list of indices. Others keep their attention.
         chunk_size: Tokens c that attend to each other quadratically; ``mixed_chunk`` only.
         local: Attention function: ``softmax`` (``mixed_chunk`` only), ``relu2``, ``laplace`` or ``softplus2``; not for
             ``linear``.
         impl: Implementation of the op: ``auto``, ``triton`` or ``reference``.
+        attention_args: Arguments of a layer of flash-linear-attention, such as ``{expand_k: 1.0}``, besides its width,
+            which is the model's. Heads are the model's too, unless they are given or the layer has its own rule.
         **builder_args: The builder's own arguments.
 
     Raises:
         ValueError: If an argument is wrong, the builder is not to be found or builds something else than a decoder with
             self-attention, or a layer's attention has what cannot be honoured.
+        RuntimeError: If flash-linear-attention is asked for and not to be imported.
 
     Returns:
         The builder's model, changed in place.
     """
-    check_choice("attention", attention, ATTENTIONS)
+    foreign = find_layer(attention, attention_args or {}) if attention.startswith(PREFIX) else None
+    if foreign is None:
+        check_choice("attention", attention, ATTENTIONS)
+        if attention_args is not None:
+            raise ValueError(
+                f"attention_args ({dict(attention_args)}) must come with a layer of flash-linear-attention; leave them "
+                "out, or set model.attention=fla.layers.GatedLinearAttention, say"
+            )
     check_attention(activation=local, normalizer="visible", dropout=0.0, impl=impl)
     check_chunk_size(chunk_size)
     if attention == "quadratic" and local == "softmax":
@@ -70,13 +86,23 @@ def swap_attention(
             "model.local=relu2, or model.attention=mixed_chunk"
         )
     model, lora = _build(builder, builder_args)
+    if foreign is not None and lora is not None:
+        raise ValueError(
+            f"builder ({builder}) trains adapters alone, and layers of flash-linear-attention, being new, must be "
+            "trained themselves; name the builder without adapters, or set model.attention=mixed_chunk"
+        )
     chosen = _chosen(layers, len(model.layers))
-    placement = Placement({chunk_size} if attention == "mixed_chunk" else set())
+    placement = FlaPlacement() if foreign else Placement({chunk_size} if attention == "mixed_chunk" else set())
     for index in chosen:
         layer = model.layers[index]
         replaced = getattr(layer, "attn", None)
         _check_layer(index, layer, replaced, builder, attention, chunk_size)
-        if attention == "mixed_chunk":
+        if foreign is not None:
+            assert isinstance(placement, FlaPlacement)
+            layer.attn = FlaAttention(
+                replaced, placement, path=attention, layer=foreign, index=index, arguments=attention_args or {}
+            )
+        elif attention == "mixed_chunk":
             layer.attn = MixedChunkMultiHeadAttention(
                 replaced, placement, chunk_size=chunk_size, activation=local, impl=impl, lora=lora
             )
@@ -86,6 +112,8 @@ def swap_attention(
             layer.attn = QuadraticMultiHeadAttention(replaced, placement, activation=local, impl=impl)
     if lora is not None:
         model.register_state_dict_post_hook(copy_what_is_merged)
+    if foreign is not None:
+        model.register_load_state_dict_pre_hook(start_new_layers)
     model.register_forward_pre_hook(placement.prepare, with_kwargs=True)
     return model
 
@@ -167,7 +195,7 @@ def _check_layer(index: int, layer: nn.Module, attention: object, builder: str, 
             f"chunk_size={chunk_size} cannot keep; set model.attention=mixed_chunk with a chunk_size of at most "
             f"{window}, or leave the layer out of model.layers"
         )
-    if kind == "linear" and attention.attn_dropout > 0:
+    if kind not in ("mixed_chunk", "quadratic") and attention.attn_dropout > 0:
         raise ValueError(
             f"layer {index} of {builder} has attn_dropout ({attention.attn_dropout}), and linear attention has no "
             "weights to drop; set model.attn_dropout=0.0"

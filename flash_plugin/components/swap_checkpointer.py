@@ -11,14 +11,15 @@ from torchtune.training import FullModelHFCheckpointer
 
 #: Beside the weights, which stay a checkpoint of the original architecture: what swapped attention has besides.
 GLOBAL_PATH_FILE = "global_path.pt"
-_PART = ".global_path."
+# A module each: of mixed chunk attention, and of a layer of flash-linear-attention's.
+_PARTS = (".attn.global_path.", ".attn.fla.")
 
 
 class SwapCheckpointer(FullModelHFCheckpointer):
     """torchtune's Hugging Face checkpointer, for models with mixed chunk attention in the place of their own.
 
     The stock one loads a pretrained model into a swapped one as well, but cannot save it: it knows no Hugging Face name
-    for the global path. Here that goes into ``epoch_N/global_path.pt``, beside weights in their usual names; a folder
+    for the global path, or for the layers of flash-linear-attention. Here these go into ``epoch_N/global_path.pt``, beside weights in their usual names; a folder
     that has such a file is loaded with it. Arguments are those of ``torchtune.training.FullModelHFCheckpointer``.
     """
 
@@ -45,11 +46,16 @@ class SwapCheckpointer(FullModelHFCheckpointer):
         taken = {}
         for key in (training.MODEL_KEY, training.ADAPTER_KEY):
             weights = state_dict.get(key, {})
-            taken[key] = {name: weights[name] for name in weights if _PART in name}
+            taken[key] = {name: weights[name] for name in weights if _is_new(name)}
             if key in state_dict:
-                state_dict[key] = {name: weights[name] for name in weights if _PART not in name}
+                state_dict[key] = {name: weights[name] for name in weights if not _is_new(name)}
         folder = self._output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
         # First, so that a kill in between leaves no checkpoint that has lost it.
         torch.save(taken, folder / GLOBAL_PATH_FILE)
         super().save_checkpoint(state_dict, epoch, intermediate_checkpoint, adapter_only)
+
+
+def _is_new(name: str) -> bool:
+    """Whether the original architecture has no such weight."""
+    return any(part in name for part in _PARTS)
