@@ -141,11 +141,10 @@ class FlaPlacement(Placement):
         Raises:
             ValueError: If the package's cache cannot take what ``input_pos`` says.
         """
-        held: Any = cache
-        segments, new = self.of(x, input_pos, 1, held)
+        segments, new = self.of(x, input_pos, 1, cache)
         key = segments if new is None else new
         if key is None or key is not self._of[0]:
-            self._of = (key, _packed(segments) if new is None else _cached(new, held))
+            self._of = (key, _packed(segments) if new is None or cache is None else _cached(new, cache))
         return self._of[1], new
 
 

@@ -19,8 +19,9 @@ class SwapCheckpointer(FullModelHFCheckpointer):
     """torchtune's Hugging Face checkpointer, for models with mixed chunk attention in the place of their own.
 
     The stock one loads a pretrained model into a swapped one as well, but cannot save it: it knows no Hugging Face name
-    for the global path, or for the layers of flash-linear-attention. Here these go into ``epoch_N/global_path.pt``, beside weights in their usual names; a folder
-    that has such a file is loaded with it. Arguments are those of ``torchtune.training.FullModelHFCheckpointer``.
+    for the global path, or for layers of flash-linear-attention's. Here these go into ``epoch_N/global_path.pt``,
+    beside weights in their usual names; a folder that has such a file is loaded with it. Arguments are those of
+    ``torchtune.training.FullModelHFCheckpointer``.
     """
 
     def load_checkpoint(self) -> dict[str, Any]:
