@@ -11,6 +11,7 @@ original is trained on as long as the others recover.
 from __future__ import annotations
 
 import csv
+import inspect
 import math
 import platform
 import subprocess
@@ -29,6 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune import config, utils
 from tqdm import tqdm
+
+from flash_plugin import text_dataset
+from flash_plugin.components.sources import in_split, read_documents
 
 WEIGHTS = "model-00001-of-00001.bin"
 FIELDS = ["stage", "swap", "seq_len", "bits_per_byte", *(f"tokens_per_s_{name}" for name in ("p20", "p50", "p80"))]
@@ -115,14 +119,16 @@ def load(node: dict[str, Any], weights: Path) -> nn.Module:
 
 
 def held_out(cfg: DictConfig) -> Tensor:
-    """Tokens of documents that no stage is trained on, each window of the longest length from one of them."""
+    """The beginnings of documents that no stage is trained on, each as long as the longest length."""
     longest = max(cfg.seq_lens)
-    tokenizer = config.instantiate(OmegaConf.merge(cfg.common.tokenizer, {"max_seq_len": longest}))
-    dataset = config.instantiate(
-        OmegaConf.merge(cfg.common.dataset, {"split": "validation", "packed": False, "max_tokens": None}), tokenizer
+    tokenizer = config.instantiate(cfg.common.tokenizer)
+    source, fraction = (
+        cfg.common.dataset.source,
+        inspect.signature(text_dataset).parameters["validation_fraction"].default,
     )
-    whole = (sample["tokens"] for sample in dataset if len(sample["tokens"]) == longest)
-    windows = [torch.as_tensor(tokens) for tokens, _ in zip(whole, range(cfg.windows), strict=False)]
+    texts = (document.text for document in read_documents(source) if in_split(document.name, "validation", fraction))
+    encoded = (tokenizer.encode(text[:longest], add_bos=False, add_eos=False)[:longest] for text in texts)
+    windows = [torch.tensor(tokens) for tokens in encoded if len(tokens) == longest][: cfg.windows]
     if not windows:
         raise ValueError(
             f"seq_lens ({longest}) must fit the held-out documents, none of which is so long; set smaller ones"

@@ -118,8 +118,10 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
                 f"init_model ({init_model!r}) must be a model's node with its _component_; "
                 "write init_model: ${model} below checkpointer"
             )
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last ({keep_last}) must be at least 1, or null to keep all; set keep_last=null")
+        if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+            raise ValueError(f"keep_last ({keep_last!r}) must be a positive integer, or null to keep all; set it so")
+        if type(init_seed) is not int:
+            raise ValueError(f"init_seed ({init_seed!r}) must be an integer; set checkpointer.init_seed=0")
         self._keep_last = keep_last
         self._init_model, self._init_seed, self._quantizer = dict(init_model or {}), init_seed, dict(quantizer or {})
         self._output_dir = Path(output_dir)

@@ -91,6 +91,8 @@ class FlashDecoder(TransformerDecoder):
                 "for fewer tokens (max_new_tokens, max_seq_length), or set model.max_seq_len higher, or in FLASH "
                 "model.unlimited_decoding=True"
             )
+        for layer in self.layers:
+            layer.attn.kv_cache = None  # torchtune's own attention would keep the one it has
         super().setup_caches(
             batch_size, dtype, encoder_max_seq_len=encoder_max_seq_len, decoder_max_seq_len=decoder_max_seq_len
         )

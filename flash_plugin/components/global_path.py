@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torchtune.modules.peft import LoRALinear
+from torchtune.utils import get_logger, log_rank_zero
+
+_PART = ".global_path."
+
+_logger = get_logger("INFO")
 
 
 class Matrix(nn.Module):
@@ -46,7 +52,8 @@ class GlobalPath(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, gain: float, lora: tuple[int, float] | None = None) -> None:
         super().__init__()
-        self.starts = {"gain": gain, "query_scale": 1.0, "key_scale": 1.0}
+        # Scales are held as their distance from 1, where weight decay pulls them.
+        self.starts = {"gain": gain, "query_scale": 0.0, "key_scale": 0.0}
 
         def matrix(name: str, columns: int) -> nn.Module:
             if lora is None:
@@ -63,25 +70,40 @@ class GlobalPath(nn.Module):
         """Queries and keys across chunks from those inside them, all ``[b, h, s, z]``."""
         one = torch.ones(1, 1, dtype=q.dtype, device=q.device)
         each = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        query_scale = self.query_scale(each).T * self.gain(one).T
-        return q * query_scale[:, None], k * self.key_scale(each).T[:, None]
+        query_scale = (1 + self.query_scale(each).T) * self.gain(one).T
+        return q * query_scale[:, None], k * (1 + self.key_scale(each).T)[:, None]
 
 
-def start_where_checkpoint_is_silent(
-    attention: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: object
-) -> None:
+def start_where_checkpoint_is_silent(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: object) -> None:
     """Let checkpoints of the model as it was load strictly: what they lack starts where it would from scratch.
 
-    Only a checkpoint of the whole model is completed; adapters, which come by themselves, are left as they are.
+    Only a checkpoint of the whole model that knows nothing of any global path is completed. Adapters, which come by
+    themselves, and checkpoints that have some of it are left to what ``load_state_dict`` says of them.
     """
-    projection = state_dict.get(prefix + "q_proj.weight")
-    if projection is None:
+    if any(_PART in name for name in state_dict):
         return
-    path = attention.get_submodule("global_path")
-    assert isinstance(path, GlobalPath)
-    for name, own in path.named_parameters():
-        matrix, kind = name.split(".", 1)
+    filled = 0
+    for found, own in model.named_parameters():
+        name = prefix + found.replace(
+            _CHECKPOINT_PREFIX, ""
+        )  # of activation checkpointing, which state dicts leave out
+        before, part, rest = name.partition(_PART)
+        projection = state_dict.get(f"{before}.q_proj.weight")
+        if not part or projection is None:
+            continue
+        matrix, kind = rest.split(".", 1)
         value = own.detach()  # an adapter's two matrices, which recipes have drawn by now
         if kind == "weight":
-            value = torch.full_like(own, path.starts[matrix], device=projection.device, requires_grad=False)
-        state_dict.setdefault(f"{prefix}global_path.{name}", value)
+            path = model.get_submodule(found.removesuffix(f".{rest}"))
+            assert isinstance(path, GlobalPath)
+            start = path.starts[matrix]
+            dtype = projection.dtype if projection.dtype.is_floating_point else own.dtype
+            value = torch.full_like(own, start, dtype=dtype, device=projection.device, requires_grad=False)
+        state_dict[name] = value
+        filled += kind == "weight"
+    if filled:
+        log_rank_zero(
+            _logger,
+            "The checkpoint is of a model without a global path, which starts from its initial weights (a trained one "
+            "lies beside Hugging Face weights, in global_path.pt, and flash_plugin.SwapCheckpointer loads it)",
+        )

@@ -7,7 +7,8 @@ path in a config: ``torch.nn.CrossEntropyLoss`` to ``flash_plugin.CrossEntropyLo
 They return the same loss, bit for bit, except that:
 
 - a loss that is not finite is an error, raised before its gradients are worked out;
-- a batch without a label to predict has the loss 0, and not 0 / 0.
+- a batch without a label to predict has the loss 0, and not 0 / 0. (If that is so on all of several processes in one
+  step, the recipe itself divides zero gradients by zero labels, and the next batch is an error.)
 
 For that the loss is read back from the device: one wait in each batch, beside those of the recipe, which copies the
 batch there and reads the loss of each step.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torchtune.modules import loss as host
 
 from flash_plugin.components.arguments import config_component
+from flash_plugin.kernels.validation import is_number
 
 #: What to do then. A checkpoint's optimizer state holds the learning rate too, and torchtune resumes with that one.
 AFTER_DIVERGENCE = (
@@ -60,7 +62,8 @@ class _StopsWhenDiverged(nn.Module):
         if (labels == self.ignore_index).all():
             return _nothing_to_learn(loss, logits)
         raise ValueError(
-            f"the loss ({value}, in batch {self._batches} of this run) must be finite, and training has diverged; "
+            f"the loss ({value}, in batch {self._batches} of this run) must be finite, and training has diverged (or in "
+            "the step before no process had a label, by whose number gradients are divided); "
             f"{AFTER_DIVERGENCE}"
         )
 
@@ -88,6 +91,10 @@ class CrossEntropyLoss(_StopsWhenDiverged, nn.CrossEntropyLoss):
 
     @config_component
     def __init__(self, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        if not is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
+            raise ValueError(
+                f"label_smoothing ({label_smoothing!r}) must lie between 0 and 1; set loss.label_smoothing=0.0"
+            )
         super().__init__(ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
@@ -104,8 +111,8 @@ class CEWithChunkedOutputLoss(_StopsWhenDiverged, host.CEWithChunkedOutputLoss):
 
     @config_component
     def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100) -> None:
-        if num_output_chunks < 1:
+        if isinstance(num_output_chunks, bool) or not isinstance(num_output_chunks, int) or num_output_chunks < 1:
             raise ValueError(
-                f"num_output_chunks ({num_output_chunks}) must be at least 1; set loss.num_output_chunks=8"
+                f"num_output_chunks ({num_output_chunks!r}) must be a positive integer; set loss.num_output_chunks=8"
             )
         super().__init__(num_output_chunks=num_output_chunks, ignore_index=ignore_index)

@@ -12,7 +12,7 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention
 
 from flash_plugin.components.cache import FlashCache, LinearCache
-from flash_plugin.components.global_path import GlobalPath, start_where_checkpoint_is_silent
+from flash_plugin.components.global_path import GlobalPath
 from flash_plugin.components.placement import Placement
 from flash_plugin.kernels import Segments, linear_attention, mixed_chunk_attention, quadratic_attention
 from flash_plugin.kernels.decode import mixed_chunk_decode, quadratic_decode
@@ -155,7 +155,6 @@ class MixedChunkMultiHeadAttention(_SwappedAttention):
         self.chunk_size = chunk_size
         gain = 0.0 if activation == "softmax" else 1.0
         self.global_path = GlobalPath(self.num_heads, self.head_dim, gain, lora)
-        self.register_load_state_dict_pre_hook(start_where_checkpoint_is_silent)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
         q_local, k_local, q_global, k_global, values = _folded(q, k, *self.global_path(q, k), v)

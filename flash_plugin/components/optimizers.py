@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
 from flash_plugin.components.arguments import config_component
+from flash_plugin.kernels.validation import is_number
 
 # OffsetScale stacks a vector for each of its at most four queries and keys: a matrix in shape alone.
 _MAX_STACKED_VECTORS = 4
@@ -31,7 +32,8 @@ def adamw(
     """Build AdamW (Loshchilov & Hutter 2019) that decays matrices only.
 
     Norm scales, biases, position biases and OffsetScale's gamma and beta are vectors, or stacks of at most four, whose
-    size means something: they do not decay. Everything else is ``torch.optim.AdamW``.
+    size means something: they do not decay (nor do, being no larger, LoRA's matrices of rank 4 and less). Everything
+    else is ``torch.optim.AdamW``.
 
     Args:
         params: The model's parameters; the recipe passes them.
@@ -41,8 +43,9 @@ def adamw(
         weight_decay: Decay of matrices.
         fused: Use torch's fused kernel; None lets torch choose.
         stochastic_rounding: Round the sum of a bfloat16 weight and its update up or down with probabilities that keep
-            its mean. To the nearest, a bfloat16 weight w swallows updates below ``|w| / 512``, and so most of training
-            at small learning rates. The same step rounds the same weight alike in every run and on every process.
+            its mean, and the two moments likewise. To the nearest, a bfloat16 weight w swallows updates below
+            ``|w| / 512``, and so most of training at small learning rates. A step rounds alike in a run that resumes,
+            and alike all copies of a weight on several processes.
 
     Raises:
         ValueError: If an argument is unknown or out of range, there are no parameters, or ``stochastic_rounding`` is
@@ -50,6 +53,12 @@ def adamw(
     """
     if len(betas) != 2:
         raise ValueError(f"betas ({list(betas)}) must be two numbers; set optimizer.betas=[0.9,0.95]")
+    if not is_number(weight_decay) or weight_decay < 0:
+        raise ValueError(
+            f"weight_decay ({weight_decay!r}) must be a number of at least 0; set optimizer.weight_decay=0.1"
+        )
+    if not is_number(lr) or lr < 0:
+        raise ValueError(f"lr ({lr!r}) must be a number of at least 0; set optimizer.lr=3.0e-4")
     params = list(params)
     if not params:
         raise ValueError("params (none) must hold a parameter to train; unfreeze some of the model")
@@ -75,9 +84,9 @@ def adamw(
 
 
 class StochasticAdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` whose bfloat16 weights take in each update at its exact mean.
+    """``torch.optim.AdamW`` whose bfloat16 weights and moments take in each update at its exact mean.
 
-    torch's own update runs in float32, one parameter at a time; the weight is then rounded up or down at random.
+    torch's own update runs in float32, one parameter at a time; what is kept is then rounded up or down at random.
     torchao has such an optimizer, which cannot do it to the DTensors of a distributed run (0.15 with torch 2.13).
     """
 
@@ -126,12 +135,14 @@ class StochasticAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
+        new = [weight, *moments]
         if parameter.dtype == torch.bfloat16:
             # Seeded by the step, not drawn on: copies of a weight on several processes stay the same, and a run that
             # resumes rounds as the uninterrupted one does, though recipes keep no random state.
-            generator = torch.Generator(weight.device).manual_seed(hash((seed, int(state["step"]))))
-            weight = _round_at_random(weight, generator)
-        for tensor, value in zip(held, (weight, *moments), strict=True):
+            seeds = (seed, int(state["step"]), *_shard_of(parameter))
+            generator = torch.Generator(weight.device).manual_seed(hash(seeds))
+            new = [_round_at_random(tensor, generator) for tensor in new]
+        for tensor, value in zip(held, new, strict=True):
             tensor.copy_(value)
 
 
@@ -140,11 +151,21 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _shard_of(tensor: Tensor) -> list[int]:
+    """Which part of a sharded tensor this process holds: the same for copies, another for each part."""
+    if not isinstance(tensor, DTensor):
+        return []
+    coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or []
+    return [place for place, kind in zip(coordinate, tensor.placements, strict=False) if not kind.is_replicate()]
+
+
 def _round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     """float32 values to a bfloat16 neighbour each, up or down with probabilities that make ``x`` the mean."""
     # bfloat16 is the upper half of float32: a random number below 2^16 carries into it as often as the lower half says.
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+    rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    # The carry would make a zero of some NaN.
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

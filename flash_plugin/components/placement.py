@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.cache import DecodingCache
-from flash_plugin.components.masks import check_cached_mask, check_mask
+from flash_plugin.components.hybrid import attention_mask
+from flash_plugin.components.masks import check_cached_mask, check_mask, padding_of
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
 from flash_plugin.kernels.new_tokens import NewTokens
@@ -35,31 +37,47 @@ class Placement:
         self._placed: Placed = (None, None)
         self._checked_masks: set[tuple[int, ...]] = set()
 
-    def prepare(self, model: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(
+        self, model: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Work out the places of a call of the model; a forward pre-hook.
 
+        Where documents are packed and no mask is given, layers that keep their attention are given one.
+
         Raises:
-            ValueError: If the mask says something else than ``input_pos``, or there is an enabled cache and no
-                ``input_pos``.
+            ValueError: If the mask says something else than ``input_pos``, a position is out of range, or with an
+                enabled cache there is no ``input_pos`` or another batch size.
         """
         tokens = args[0] if args else kwargs["tokens"]
         input_pos, mask = kwargs.get("input_pos"), kwargs.get("mask")
-        attention = next(layer.attn for layer in model.layers if getattr(layer.attn, "placement", None) is self)
+        swapped = [getattr(getattr(layer, "attn", None), "placement", None) is self for layer in model.layers]
+        attention = model.layers[swapped.index(True)].attn
         cache = attention.kv_cache if attention.cache_enabled else None
         self._input_pos = input_pos
+        if input_pos is not None:
+            _check_range(input_pos, model.max_seq_len)
         self._placed = self._place(tokens.shape, input_pos, attention.num_heads, cache)
         new = self._placed[1]
         if mask is None:
-            return
+            if input_pos is None or new is not None or all(swapped):
+                return None
+            rows = make_segments(position_rows(input_pos, *tokens.shape))
+            return args, {**kwargs, "mask": attention_mask(rows, None, None)}
+        if padding_of(mask, causal=True) is not None:
+            raise ValueError(
+                f"mask (shape {tuple(mask.shape)}) must not be a padding mask [b, s]: input_pos tells a swapped model of "
+                "padding on the left, by a 0 at all of it, and padding on the right changes nothing; pass input_pos"
+            )
         if new is not None:
             check_cached_mask(mask, _of_rows(new, attention.num_heads), model.decoder_max_cache_seq_len)
-            return
+            return None
         kind = (input_pos is None, *getattr(mask, "shape", ()))
         # A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.
         if not model.training or kind not in self._checked_masks:
-            rows = None if input_pos is None else make_segments(position_rows(input_pos, *tokens.shape))
-            check_mask(mask, rows, tokens, True, has_positions=input_pos is not None)
+            documents = None if input_pos is None else make_segments(position_rows(input_pos, *tokens.shape))
+            check_mask(mask, documents, tokens, True, has_positions=input_pos is not None)
             self._checked_masks.add(kind)
+        return None
 
     def of(self, x: Tensor, input_pos: Tensor | None, heads: int, cache: DecodingCache | None) -> Placed:
         """Places of ``[b, s, d]`` inputs, for layers; one that is called by itself works out its own.
@@ -83,6 +101,11 @@ class Placement:
             return None, None
         position = position_rows(input_pos, *shape[:2])
         if cache is not None:
+            if cache.batch_size != shape[0] * heads:
+                raise ValueError(
+                    f"tokens (batch size {shape[0]}) must have the batch size of the cache "
+                    f"({cache.batch_size // heads}); set the cache up for it, or fill the batch up"
+                )
             return None, cache.place(position.expand(shape[0], -1).repeat_interleave(heads, 0), self.chunk_sizes)
         return make_segments(position).with_chunks(self.chunk_sizes).repeated(heads, shape[0]), None
 
@@ -90,3 +113,15 @@ class Placement:
 def _of_rows(new: NewTokens, heads: int) -> NewTokens:
     """The places of each row's first head, as masks know them."""
     return replace(new, position=new.position[::heads], begin=new.begin[::heads])
+
+
+def _check_range(input_pos: Tensor, max_seq_len: int) -> None:
+    """Refuse positions that the rotary tables lack, where it costs no waiting."""
+    if input_pos.device.type != "cpu" or torch.compiler.is_compiling() or input_pos.numel() == 0:
+        return
+    low, high = int(input_pos.min()), int(input_pos.max())
+    if low < 0 or high >= max_seq_len:
+        raise ValueError(
+            f"input_pos ({low if low < 0 else high}) must lie in [0, max_seq_len) = [0, {max_seq_len}); set "
+            "model.max_seq_len higher, or restart positions with each document"
+        )

@@ -15,6 +15,7 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
 from flash_plugin.components.fla_layers import PREFIX, FlaAttention, FlaPlacement, find_layer, start_new_layers
+from flash_plugin.components.global_path import start_where_checkpoint_is_silent
 from flash_plugin.components.host import copy_what_is_merged
 from flash_plugin.components.multi_head import (
     LinearMultiHeadAttention,
@@ -54,9 +55,10 @@ def swap_attention(
         attention: ``mixed_chunk``, linear in the sequence; ``quadratic``, FLASH-Quad's; ``linear``, with features
             ``elu(x) + 1`` and a denominator; or the dotted path of a layer below ``fla.layers``.
         layers: ``all``; ``every_N``, the last of each N layers; or a list of indices. Others keep their attention.
-        chunk_size: Tokens c that attend to each other quadratically; ``mixed_chunk`` only.
-        local: Attention function: ``softmax`` (``mixed_chunk`` only), ``relu2``, ``laplace`` or ``softplus2``; not for
-            ``linear``.
+        chunk_size: Tokens c that attend to each other quadratically; read by ``mixed_chunk`` alone. A sliding window
+            must be as long; inside chunks it is kept, while the global part reaches beyond it.
+        local: Attention function: ``softmax`` (``mixed_chunk`` alone), ``relu2``, ``laplace`` or ``softplus2``; not
+            read by ``linear``. A bound of the scores (Gemma 2) belongs to softmax, and goes with it.
         impl: Implementation of the op: ``auto``, ``triton`` or ``reference``.
         attention_args: Arguments of a layer of flash-linear-attention, such as ``{expand_k: 1.0}``, besides its width,
             which is the model's. Heads are the model's too, unless they are given or the layer has its own rule.
@@ -114,6 +116,8 @@ def swap_attention(
         model.register_state_dict_post_hook(copy_what_is_merged)
     if foreign is not None:
         model.register_load_state_dict_pre_hook(start_new_layers)
+    elif attention == "mixed_chunk":
+        model.register_load_state_dict_pre_hook(start_where_checkpoint_is_silent)
     model.register_forward_pre_hook(placement.prepare, with_kwargs=True)
     return model
 
@@ -127,6 +131,11 @@ def _build(path: str, arguments: dict[str, Any]) -> tuple[TransformerDecoder, tu
             f"builder ({path!r}) must be the dotted path of a model builder, and is not to be found "
             f"({str(error).splitlines()[0]}); set model.builder=torchtune.models.llama3_2.llama3_2_1b, say"
         ) from error
+    if not callable(builder):
+        raise ValueError(
+            f"builder ({path!r}) must be the dotted path of a model builder, and is a {type(builder).__name__}; set "
+            "model.builder=torchtune.models.llama3_2.llama3_2_1b, say"
+        )
     bound = _bound(path, builder, arguments)
     model = builder(**arguments)
     if not isinstance(model, TransformerDecoder):
@@ -158,6 +167,8 @@ def _chosen(layers: str | Sequence[int], count: int) -> list[int]:
     """Indices of the layers that ``layers`` names among ``count``."""
     if layers == "all":
         return list(range(count))
+    if not isinstance(layers, str | Sequence):
+        raise ValueError(f"layers ({layers!r}) must be all, every_N or a list of indices; set model.layers=all")
     if isinstance(layers, str):
         found = re.fullmatch(r"every_([1-9]\d*)", layers)
         if not found:

@@ -30,7 +30,9 @@ from flash_plugin.components.positions import RopeBias, ScaledSinusoid, T5Bias, 
 
 @config_component
 def flash_tp_plan() -> dict[str, ParallelStyle]:
-    """How ``parallelize_module`` splits FLASH and FLASH-Quad models of whatever options; a ``tensor_parallel_plan``.
+    """How ``parallelize_module`` splits FLASH and FLASH-Quad models; a ``tensor_parallel_plan``.
+
+    All options of the builders go, but for ``attention_layers``, and adapters do not.
 
     Every parameter becomes a DTensor and keeps its name. With ``attn_dropout`` each rank draws masks of its own: every
     slice of the values loses other attention weights.

@@ -79,6 +79,18 @@ def test_every_kind_keeps_its_own_cache() -> None:
     assert built.layers[1].attn.kv_cache.keys.shape[1] < built.layers[3].attn.kv_cache.keys.shape[1] == 64
 
 
+def test_a_cache_set_up_again_knows_nothing() -> None:
+    built, tokens = model(**HYBRID), text(2, 20)
+    for batch in (1, 2, 2):
+        built.setup_caches(batch, torch.float32, decoder_max_seq_len=64)
+        found = feed(built, tokens[:batch], torch.arange(20)[None], [7, 13])
+        assert_close(found, built_alone(tokens[:batch]), "law_fp32")
+
+
+def built_alone(tokens: torch.Tensor) -> torch.Tensor:
+    return model(**HYBRID)(tokens)
+
+
 def test_an_attention_layer_has_the_parameters_of_a_flash_layer() -> None:
     built = flash_plugin.flash_125m(attention_layers=[5, 11], num_layers=12)
     assert [i for i, layer in enumerate(built.layers) if isinstance(layer.attn, MultiHeadAttention)] == [5, 11]

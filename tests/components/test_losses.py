@@ -143,7 +143,7 @@ def test_compiled_as_recipes_do(ours: nn.Module, monkeypatch: pytest.MonkeyPatch
     [
         (CrossEntropyLoss, {"reduction": "sum"}, r"reduction \('sum'\) is not an argument of CrossEntropyLoss"),
         (CEWithChunkedOutputLoss, {"num_chunks": 2}, r"num_chunks \(2\) is not .*did you mean num_output_chunks\?"),
-        (CEWithChunkedOutputLoss, {"num_output_chunks": 0}, r"num_output_chunks \(0\) must be at least 1"),
+        (CEWithChunkedOutputLoss, {"num_output_chunks": 0}, r"num_output_chunks \(0\) must be a positive integer"),
     ],
 )
 def test_wrong_arguments(component: type[nn.Module], arguments: dict[str, object], sentence: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import flash_plugin
-from flash_plugin.components.optimizers import adamw
+from flash_plugin.components.optimizers import _round_at_random, adamw
 
 DECAYING = {"tok_embeddings", "output", "gate_proj", "v_proj", "qk_proj", "output_proj"}
 
@@ -80,6 +80,24 @@ def test_stochastic_rounding_is_torchs_update_but_for_rounding() -> None:
         results.append(weight.detach().float())
     assert (results[0] - results[1]).abs().max() < 5 * 2**-7 * results[0].abs().max()
     assert ((results[0] - results[1]).mean()).abs() < 1e-3
+
+
+def test_moments_keep_their_mean_too() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+    optimizer = adamw([weight], lr=1e-4, betas=[0.9, 0.999], stochastic_rounding=True)
+    for _ in range(1500):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    # To the nearest, the second moment would stop at a quarter of what it tends to.
+    assert optimizer.state[weight]["exp_avg_sq"].float().mean() == pytest.approx(1 - 0.999**1500, rel=0.01)
+
+
+def test_rounding_keeps_what_is_not_finite() -> None:
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800000, -0x800000], dtype=torch.int32)
+    rounded = _round_at_random(bits.view(torch.float32), torch.Generator().manual_seed(0)).float()
+    assert rounded[:2].isnan().all()
+    assert rounded[2:].tolist() == [float("inf"), float("-inf")]
 
 
 def test_a_step_rounds_alike_in_every_run() -> None:

@@ -211,6 +211,42 @@ def test_a_mask_that_positions_do_not_say_is_refused() -> None:
         model(text, mask=torch.eye(8, dtype=torch.bool)[None])
 
 
+def test_a_padding_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must not be a padding mask \[b, s\]"):
+        swapped()(tokens(1, 8), mask=torch.tensor([[False] * 2 + [True] * 6]))
+
+
+@pytest.mark.parametrize("position", [-1, 256])
+def test_positions_lie_in_the_rotary_table(position: int) -> None:
+    with pytest.raises(ValueError, match=rf"input_pos \({position}\) must lie in \[0, max_seq_len\)"):
+        swapped()(tokens(1, 1), input_pos=torch.tensor([[position]]))
+
+
+def test_layers_that_keep_their_attention_are_told_of_packed_documents() -> None:
+    model, lengths = swapped(layers=[1]), (23, 14)
+    texts = [tokens(1, length, seed=length) for length in lengths]
+    position = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = logits(model, torch.cat(texts, dim=1), input_pos=position)
+    for text, found in zip(texts, together.split(lengths, dim=1), strict=True):
+        assert_close(found, logits(model, text), "law_fp32")
+
+
+def test_part_of_a_global_path_is_no_checkpoint() -> None:
+    weights = swapped().state_dict()
+    del weights["layers.0.attn.global_path.key_scale.weight"]
+    for partial in (weights, swapped(layers=[1]).state_dict()):
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\).*layers.0.attn.global_path.key_scale"):
+            swapped().load_state_dict(partial)
+
+
+def test_a_cache_wants_the_batch_it_was_set_up_for() -> None:
+    model = swapped()
+    model.setup_caches(2, torch.float32)
+    where = torch.arange(4)[None].expand(3, -1)
+    with pytest.raises(ValueError, match=r"tokens \(batch size 3\) must have the batch size of the cache \(2\)"):
+        model(tokens(3, 4), input_pos=where, mask=torch.ones(256, 256, dtype=torch.bool).tril()[None, :4])
+
+
 def test_a_cache_wants_positions() -> None:
     model = swapped()
     model.setup_caches(1, torch.float32)
