@@ -62,8 +62,8 @@ class _StopsWhenDiverged(nn.Module):
         if (labels == self.ignore_index).all():
             return _nothing_to_learn(loss, logits)
         raise ValueError(
-            f"the loss ({value}, in batch {self._batches} of this run) must be finite, and training has diverged (or in "
-            "the step before no process had a label, by whose number gradients are divided); "
+            f"the loss ({value}, in batch {self._batches} of this run) must be finite, and training has diverged (or "
+            "in the step before no process had a label, by whose number gradients are divided); "
             f"{AFTER_DIVERGENCE}"
         )
 

@@ -65,8 +65,8 @@ class Placement:
             return args, {**kwargs, "mask": attention_mask(rows, None, None)}
         if padding_of(mask, causal=True) is not None:
             raise ValueError(
-                f"mask (shape {tuple(mask.shape)}) must not be a padding mask [b, s]: input_pos tells a swapped model of "
-                "padding on the left, by a 0 at all of it, and padding on the right changes nothing; pass input_pos"
+                f"mask (shape {tuple(mask.shape)}) must not be a padding mask [b, s]: input_pos tells a swapped model "
+                "of padding on the left, by a 0 at all of it, and padding on the right changes nothing; pass input_pos"
             )
         if new is not None:
             check_cached_mask(mask, _of_rows(new, attention.num_heads), model.decoder_max_cache_seq_len)
