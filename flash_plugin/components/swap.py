@@ -62,7 +62,8 @@ def swap_attention(
         impl: Implementation of the op: ``auto``, ``triton`` or ``reference``.
         attention_args: Arguments of a layer of flash-linear-attention, such as ``{expand_k: 1.0}``, besides its width,
             which is the model's. Heads are the model's too, unless they are given or the layer has its own rule.
-        **builder_args: The builder's own arguments.
+        **builder_args: The builder's own arguments. FLASH's builders go too, with the layers that are swapped among
+            their ``attention_layers``; ``chunk_size`` and ``impl`` are then theirs as well.
 
     Raises:
         ValueError: If an argument is wrong, the builder is not to be found or builds something else than a decoder with
@@ -87,7 +88,7 @@ def swap_attention(
             "local ('softmax') with attention='quadratic' is the attention that the model has already; set "
             "model.local=relu2, or model.attention=mixed_chunk"
         )
-    model, lora = _build(builder, builder_args)
+    model, lora = _build(builder, {"chunk_size": chunk_size, "impl": impl}, builder_args)
     if foreign is not None and lora is not None:
         raise ValueError(
             f"builder ({builder}) trains adapters alone, and layers of flash-linear-attention, being new, must be "
@@ -122,8 +123,13 @@ def swap_attention(
     return model
 
 
-def _build(path: str, arguments: dict[str, Any]) -> tuple[TransformerDecoder, tuple[int, float] | None]:
-    """The builder's model, and the rank and alpha of its adapters if it has any."""
+def _build(
+    path: str, shared: dict[str, Any], arguments: dict[str, Any]
+) -> tuple[TransformerDecoder, tuple[int, float] | None]:
+    """The builder's model, and the rank and alpha of its adapters if it has any.
+
+    What FLASH's builders call as :func:`swap_attention` does (``shared``) is for both.
+    """
     try:
         builder = _get_component_from_path(path)
     except (InstantiationError, ValueError) as error:
@@ -136,6 +142,8 @@ def _build(path: str, arguments: dict[str, Any]) -> tuple[TransformerDecoder, tu
             f"builder ({path!r}) must be the dotted path of a model builder, and is a {type(builder).__name__}; set "
             "model.builder=torchtune.models.llama3_2.llama3_2_1b, say"
         )
+    parameters = inspect.signature(builder).parameters
+    arguments = {**{name: value for name, value in shared.items() if name in parameters}, **arguments}
     bound = _bound(path, builder, arguments)
     model = builder(**arguments)
     if not isinstance(model, TransformerDecoder):

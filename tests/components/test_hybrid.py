@@ -79,6 +79,30 @@ def test_every_kind_keeps_its_own_cache() -> None:
     assert built.layers[1].attn.kv_cache.keys.shape[1] < built.layers[3].attn.kv_cache.keys.shape[1] == 64
 
 
+@pytest.mark.parametrize("attention", ["linear", "mixed_chunk"])
+def test_layers_of_a_hybrid_are_swapped_in_turn(attention: str) -> None:
+    sizes = dict(vocab_size=VOCABULARY, num_layers=4, embed_dim=24, max_seq_len=256, qk_dim=12, chunk_size=8)
+    swap = dict(attention=attention, layers=[1], attention_layers=[1, 3], quadratic_layers=[2])
+    torch.manual_seed(0)
+    built = flash_plugin.swap_attention("flash_plugin.flash", **swap, **sizes).eval()
+    kinds = [type(layer.attn).__name__ for layer in built.layers]
+    assert kinds[1] in ("LinearMultiHeadAttention", "MixedChunkMultiHeadAttention")
+    assert [kinds[0], *kinds[2:]] == ["GatedAttentionUnit", "GatedAttentionUnit", "MultiHeadAttention"]
+    assert built.layers[0].attn.mixer.chunk_size == 8
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if any(part in name for part in ("offset_scale", "global_path")):
+                parameter.normal_(std=0.6)
+    texts = [text(1, 19)[0], text(1, 26)[0]]
+    position = torch.cat([torch.arange(19), torch.arange(26)])[None]
+    together = built(torch.cat(texts)[None], input_pos=position)[0].split([19, 26])
+    for tokens, found in zip(texts, together, strict=True):
+        assert_close(found, built(tokens[None])[0], "law_fp32")
+    whole = built(texts[1][None])
+    built.setup_caches(1, torch.float32, decoder_max_seq_len=64)
+    assert_close(feed(built, texts[1][None], torch.arange(26)[None], [9, 1, 16]), whole, "law_fp32")
+
+
 def test_a_cache_set_up_again_knows_nothing() -> None:
     built, tokens = model(**HYBRID), text(2, 20)
     for batch in (1, 2, 2):
