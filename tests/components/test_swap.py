@@ -138,6 +138,23 @@ class TestLaws:
         assert torch.equal(plain, cached)
 
 
+@pytest.mark.parametrize("builder", FAMILIES)
+def test_every_family_obeys_the_laws_beyond_a_chunk(builder: str) -> None:
+    model, lengths = swapped(builder), (19, 34)
+    texts = [tokens(1, length, seed=length) for length in lengths]
+    whole = logits(model, texts[1])
+    assert_close(logits(model, texts[1][:, :27]), whole[:, :27], "law_fp32")
+    position = torch.cat([torch.arange(length) for length in lengths])[None]
+    assert_close(logits(model, torch.cat(texts, dim=1), input_pos=position)[:, 19:], whole, "law_fp32")
+    model.setup_caches(1, torch.float32, decoder_max_seq_len=64)
+    causal, found, at = torch.ones(64, 64, dtype=torch.bool).tril(), [], 0
+    for size in (18, 1, 1, 14):
+        where = torch.arange(at, at + size)
+        found.append(logits(model, texts[1][:, where], mask=causal[None, where], input_pos=where[None]))
+        at += size
+    assert_close(torch.cat(found, dim=1), whole, "law_fp32")
+
+
 def test_the_state_of_decoding_is_of_constant_size() -> None:
     sizes = {}
     for attention in ("mixed_chunk", "linear"):
