@@ -78,7 +78,7 @@ def test_an_epoch_stays_when_the_new_one_cannot_be_written(output: Path, monkeyp
 
 
 def test_keep_last_must_keep_one(output: Path) -> None:
-    with pytest.raises(ValueError, match=r"keep_last \(0\) must be at least 1, or null to keep all"):
+    with pytest.raises(ValueError, match=r"keep_last \(0\) must be a positive integer, or null to keep all"):
         saver(output, keep_last=0)
 
 

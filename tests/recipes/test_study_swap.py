@@ -16,7 +16,7 @@ TINY = [
     *("sizes.num_layers=2", "sizes.embed_dim=64", "sizes.intermediate_dim=96", "lora.lora_rank=4"),
     *("pretrain.max_steps_per_epoch=40", "recover.max_steps_per_epoch=30", "common.lr_scheduler.num_warmup_steps=5"),
     *("common.tokenizer.max_seq_len=128", "common.dataset.max_tokens=60000", "recover.optimizer.lr=1e-2"),
-    *("~swaps.every_2", "~swaps.chunks_of_256", "~swaps.linear", "swaps.chunks_of_64.chunk_size=16"),
+    *("~swaps.every_2", "~swaps.linear", "swaps.chunks_of_64.chunk_size=16"),
 ]
 
 
