@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.embeddings import TiedOutput
-from flash_plugin.components.hybrid import attention_mask
 from flash_plugin.components.layer import FlashLayer
-from flash_plugin.components.masks import check_cached_mask, check_mask, padding_of
+from flash_plugin.components.masks import attention_mask, check_cached_mask, check_mask, padding_of
 from flash_plugin.components.mixers import MixedChunkMixer
 from flash_plugin.components.positions import ScaledSinusoid, position_rows
 from flash_plugin.kernels import Segments, make_segments

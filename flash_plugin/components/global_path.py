@@ -84,9 +84,8 @@ def start_where_checkpoint_is_silent(model: nn.Module, state_dict: dict[str, Any
         return
     filled = 0
     for found, own in model.named_parameters():
-        name = prefix + found.replace(
-            _CHECKPOINT_PREFIX, ""
-        )  # of activation checkpointing, which state dicts leave out
+        # State dicts leave out what activation checkpointing puts into names.
+        name = prefix + found.replace(_CHECKPOINT_PREFIX, "")
         before, part, rest = name.partition(_PART)
         projection = state_dict.get(f"{before}.q_proj.weight")
         if not part or projection is None:

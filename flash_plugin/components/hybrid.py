@@ -5,16 +5,15 @@ Shape legend: ``b`` batch, ``s`` sequence, ``d`` embed, ``e`` expanded width, ``
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+from torch import nn
 from torchtune.modules import FeedForward, MultiHeadAttention, RotaryPositionalEmbeddings, TransformerSelfAttentionLayer
 
 from flash_plugin.components.norms import build_norm
-from flash_plugin.kernels import Segments
-from flash_plugin.kernels.new_tokens import NewTokens
 
 
-def check_layers(name: str, layers: list[int] | None, num_layers: int) -> set[int]:
+def check_layers(name: str, layers: Sequence[int] | None, num_layers: int) -> set[int]:
     """Indices of layers as a set.
 
     Raises:
@@ -100,29 +99,3 @@ def attention_layer(
     )
     norms = {name: build_norm(norm, embed_dim, norm_eps) for name in ("sa_norm", "mlp_norm")}
     return TransformerSelfAttentionLayer(attention, mlp, **norms)
-
-
-def attention_mask(segments: Segments | None, new: NewTokens | None, cache_len: int | None) -> Tensor | None:
-    """What torchtune's causal attention is told of documents, padding and its cache.
-
-    Args:
-        segments: Documents and padding; None means one document a row.
-        new: Where the tokens lie behind those in a cache.
-        cache_len: Length of that cache.
-
-    Returns:
-        ``[b, s, s]``, or ``[b, s, cache_len]`` with a cache, True where a token sees another; None where causality says
-        everything. A padding token sees itself, since softmax needs something to see.
-    """
-    if new is not None:
-        assert cache_len is not None
-        index = torch.arange(cache_len, device=new.position.device)
-        last = new.index[:, None]
-        return (index <= last) & (index >= last - (new.position - new.begin)[..., None])
-    if segments is None or segments.single:
-        return None
-    index = torch.arange(segments.shape[1], device=segments.position.device)
-    mask = (segments.start[:, :, None] == segments.start[:, None]) & (index <= index[:, None])
-    if segments.real is not None:
-        mask = mask & segments.real[:, None]
-    return mask | (index == index[:, None])

@@ -73,15 +73,10 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
     if mask.shape[1] == 1:
         mask = mask.expand(-1, length, -1)
     index = torch.arange(length, device=mask.device)
-    start = torch.zeros_like(index)[None] if segments is None else segments.start
-    expected = start[:, :, None] == start[:, None, :]
-    if causal:
-        expected = expected & (index <= index[:, None])
-    if segments is not None and segments.real is not None:
-        expected = expected & segments.real[:, None, :]
-    different = mask != expected
-    if segments is not None and segments.real is not None:
-        different = different & segments.real[:, :, None]
+    start, real = (torch.zeros_like(index)[None], None) if segments is None else (segments.start, segments.real)
+    different = mask != _seen(start, real, causal)
+    if real is not None:
+        different = different & real[:, :, None]
     if causal:
         ahead = mask & (index > index[:, None])
         if ahead.any():
@@ -124,10 +119,7 @@ def check_cached_mask(mask: object, new: NewTokens, cache_len: int) -> None:
             f"{(batch, length, cache_len)} while the cache is enabled; pass that or no mask, and give padding "
             "position 0"
         )
-    index = torch.arange(cache_len, device=mask.device)
-    last = new.index[:, None]
-    first = last - (new.position - new.begin)[..., None]
-    different = mask != ((index >= first) & (index <= last))
+    different = mask != _seen_in_cache(new, cache_len)
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~different.any(), "mask must agree with input_pos while the cache is enabled")
     elif different.any():
@@ -138,6 +130,43 @@ def check_cached_mask(mask: object, new: NewTokens, cache_len: int) -> None:
             "tokens given to the cache before; call reset_caches() between prompts, and pass the positions that the "
             "mask means"
         )
+
+
+def attention_mask(segments: Segments | None, new: NewTokens | None, cache_len: int | None) -> Tensor | None:
+    """What torchtune's causal attention is told of documents, padding and its cache.
+
+    Args:
+        segments: Documents and padding; None means one document a row.
+        new: Where the tokens lie behind those in a cache.
+        cache_len: Length of that cache.
+
+    Returns:
+        ``[b, s, s]``, or ``[b, s, cache_len]`` with a cache, True where a token sees another; None where causality says
+        everything. A padding token sees itself, since softmax needs something to see.
+    """
+    if new is not None:
+        assert cache_len is not None
+        return _seen_in_cache(new, cache_len)
+    if segments is None or segments.single:
+        return None
+    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.position.device)
+    return _seen(segments.start, segments.real, causal=True) | itself
+
+
+def _seen(start: Tensor, real: Tensor | None, causal: bool) -> Tensor:
+    """Which tokens see which, ``[b, s, s]``, where documents start at ``start`` ``[b, s]``; padding is not seen."""
+    seen = start[:, :, None] == start[:, None, :]
+    if causal:
+        index = torch.arange(start.shape[1], device=start.device)
+        seen = seen & (index <= index[:, None])
+    return seen if real is None else seen & real[:, None, :]
+
+
+def _seen_in_cache(new: NewTokens, cache_len: int) -> Tensor:
+    """Which places of a cache new tokens see, ``[b, s, cache_len]``: those of their document, up to their own."""
+    index = torch.arange(cache_len, device=new.position.device)
+    last = new.index[:, None]
+    return (index <= last) & (index >= last - (new.position - new.begin)[..., None])
 
 
 def _check_dtype(mask: Tensor) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.cache import DecodingCache
-from flash_plugin.components.hybrid import attention_mask
-from flash_plugin.components.masks import check_cached_mask, check_mask, padding_of
+from flash_plugin.components.masks import attention_mask, check_cached_mask, check_mask, padding_of
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
 from flash_plugin.kernels.new_tokens import NewTokens

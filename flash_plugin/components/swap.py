@@ -17,6 +17,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder, Transforme
 from flash_plugin.components.fla_layers import PREFIX, FlaAttention, FlaPlacement, find_layer, start_new_layers
 from flash_plugin.components.global_path import start_where_checkpoint_is_silent
 from flash_plugin.components.host import copy_what_is_merged
+from flash_plugin.components.hybrid import check_layers
 from flash_plugin.components.multi_head import (
     LinearMultiHeadAttention,
     MixedChunkMultiHeadAttention,
@@ -187,13 +188,9 @@ def _chosen(layers: str | Sequence[int], count: int) -> list[int]:
         if step > count:
             raise ValueError(f"layers ({layers!r}) must name a layer of the {count} there are; set model.layers=all")
         return list(range(step - 1, count, step))
-    wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
-    if wrong or len(set(layers)) != len(layers) or not layers:
-        raise ValueError(
-            f"layers ({list(layers)}) must be different indices from 0 to {count - 1}, at least one; set "
-            f"model.layers=all, or a list of such"
-        )
-    return sorted(layers)
+    if not layers:
+        raise ValueError("layers ([]) must name at least one layer; set model.layers=all")
+    return sorted(check_layers("layers", layers, count))
 
 
 def _check_layer(index: int, layer: nn.Module, attention: object, builder: str, kind: str, chunk_size: int) -> None:
