@@ -54,6 +54,24 @@ class DecodingCache(nn.Module):
         self.cursor.copy_(empty_cursor(self.batch_size))
         self.empty = True
 
+    def check_call(self, input_pos: Tensor | None, batch: int, heads: int = 1) -> Tensor:
+        """Return ``input_pos`` of a call of ``batch`` rows, each of which has ``heads`` rows here.
+
+        Raises:
+            ValueError: If there is none, or the cache has another number of rows.
+        """
+        if input_pos is None:
+            raise ValueError(
+                "input_pos (None) must be given while the cache is enabled; pass each token's position in its "
+                "document, or disable the cache"
+            )
+        if batch * heads != self.batch_size:
+            raise ValueError(
+                f"tokens (batch size {batch}) must have the batch size of the cache ({self.batch_size // heads}); "
+                "set the cache up for it, or fill the batch up"
+            )
+        return input_pos
+
     def place(self, position: Tensor, chunk_sizes: Iterable[int] = ()) -> NewTokens:
         """Where tokens at ``position`` ``[1 or b, s]`` lie behind those held; see :func:`place_new_tokens`."""
         return place_new_tokens(self.cursor, position, chunk_sizes=chunk_sizes, empty=self.empty)

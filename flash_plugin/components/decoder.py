@@ -10,7 +10,7 @@ from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.embeddings import TiedOutput
 from flash_plugin.components.layer import FlashLayer
-from flash_plugin.components.masks import attention_mask, check_cached_mask, check_mask, padding_of
+from flash_plugin.components.masks import MaskChecks, attention_mask, check_cached_mask, padding_of
 from flash_plugin.components.mixers import MixedChunkMixer
 from flash_plugin.components.positions import ScaledSinusoid, position_rows
 from flash_plugin.kernels import Segments, make_segments
@@ -60,7 +60,7 @@ class FlashDecoder(TransformerDecoder):
         self.causal = causal
         self.absolute_position = absolute_position
         self.unlimited_decoding = unlimited_decoding
-        self._checked_masks: set[tuple[int, ...]] = set()
+        self._mask_checks = MaskChecks()
         self._flash = [index for index, layer in enumerate(layers) if isinstance(layer, FlashLayer)]
         self._chunk_sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
 
@@ -160,26 +160,12 @@ class FlashDecoder(TransformerDecoder):
             if position is not None and padding is not None:
                 position = position.expand_as(tokens)
             segments = make_segments(position, padding_mask=padding).with_chunks(self._chunk_sizes)
-        if mask is not None:
-            kind = (input_pos is None, *getattr(mask, "shape", ()))
-            # A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.
-            if not self.training or kind not in self._checked_masks:
-                check_mask(mask, segments, tokens, self.causal, has_positions=input_pos is not None)
-                self._checked_masks.add(kind)
+        self._mask_checks.check(mask, segments, tokens, self.causal, input_pos is not None, self.training)
         return segments
 
     def _new_tokens(self, tokens: Tensor, mask: object, input_pos: Tensor | None) -> NewTokens:
         cache = self.layers[self._flash[0]].attn.kv_cache
-        if input_pos is None:
-            raise ValueError(
-                "input_pos (None) must be given while the cache is enabled; pass each token's position in its "
-                "document, or disable the cache"
-            )
-        if tokens.shape[0] != cache.batch_size:
-            raise ValueError(
-                f"tokens (batch size {tokens.shape[0]}) must have the batch size of the cache ({cache.batch_size}); "
-                "set the cache up for it, or fill the batch up"
-            )
+        input_pos = cache.check_call(input_pos, tokens.shape[0])
         new = cache.place(self._position(tokens, input_pos), self._chunk_sizes)
         check_cached_mask(mask, new, self.decoder_max_cache_seq_len)
         return new

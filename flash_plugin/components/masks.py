@@ -94,6 +94,26 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
         )
 
 
+class MaskChecks:
+    """:func:`check_mask` on every call outside training, and in training once a kind of mask.
+
+    A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.
+    """
+
+    def __init__(self) -> None:
+        self._passed: set[tuple[int, ...]] = set()
+
+    def check(
+        self, mask: object, segments: Segments | None, tokens: Tensor, causal: bool, has_positions: bool, training: bool
+    ) -> None:
+        """Check a mask, if there is one; arguments and errors are those of :func:`check_mask`."""
+        kind = (not has_positions, *getattr(mask, "shape", ()))
+        if mask is None or (training and kind in self._passed):
+            return
+        check_mask(mask, segments, tokens, causal, has_positions)
+        self._passed.add(kind)
+
+
 def check_cached_mask(mask: object, new: NewTokens, cache_len: int) -> None:
     """Refuse a mask over the places of a decoding cache that positions do not already express.
 

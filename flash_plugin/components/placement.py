@@ -14,7 +14,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.cache import DecodingCache
-from flash_plugin.components.masks import attention_mask, check_cached_mask, check_mask, padding_of
+from flash_plugin.components.masks import MaskChecks, attention_mask, check_cached_mask, padding_of
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
 from flash_plugin.kernels.new_tokens import NewTokens
@@ -34,7 +34,7 @@ class Placement:
         self.chunk_sizes = chunk_sizes
         self._input_pos: Tensor | None = None
         self._placed: Placed = (None, None)
-        self._checked_masks: set[tuple[int, ...]] = set()
+        self._mask_checks = MaskChecks()
 
     def prepare(
         self, model: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -55,27 +55,23 @@ class Placement:
         self._input_pos = input_pos
         if input_pos is not None:
             _check_range(input_pos, model.max_seq_len)
-        self._placed = self._place(tokens.shape, input_pos, attention.num_heads, cache)
-        new = self._placed[1]
-        if mask is None:
-            if input_pos is None or new is not None or all(swapped):
-                return None
-            rows = make_segments(position_rows(input_pos, *tokens.shape))
-            return args, {**kwargs, "mask": attention_mask(rows, None, None)}
         if padding_of(mask, causal=True) is not None:
+            assert isinstance(mask, Tensor)
             raise ValueError(
                 f"mask (shape {tuple(mask.shape)}) must not be a padding mask [b, s]: input_pos tells a swapped model "
                 "of padding on the left, by a 0 at all of it, and padding on the right changes nothing; pass input_pos"
             )
-        if new is not None:
-            check_cached_mask(mask, _of_rows(new, attention.num_heads), model.decoder_max_cache_seq_len)
+        heads = attention.num_heads
+        if cache is not None:
+            new = self._behind(cache, input_pos, tokens.shape, heads)
+            self._placed = (None, new)
+            check_cached_mask(mask, _of_rows(new, heads), model.decoder_max_cache_seq_len)
             return None
-        kind = (input_pos is None, *getattr(mask, "shape", ()))
-        # A recipe's collate makes the same kind of mask at every step: comparing s x s entries once is enough.
-        if not model.training or kind not in self._checked_masks:
-            documents = None if input_pos is None else make_segments(position_rows(input_pos, *tokens.shape))
-            check_mask(mask, documents, tokens, True, has_positions=input_pos is not None)
-            self._checked_masks.add(kind)
+        rows = self._documents(input_pos, tokens.shape)
+        self._placed = (None if rows is None else rows.repeated(heads, tokens.shape[0]), None)
+        if mask is None and rows is not None and not all(swapped):
+            return args, {**kwargs, "mask": attention_mask(rows, None, None)}
+        self._mask_checks.check(mask, rows, tokens, True, rows is not None, model.training)
         return None
 
     def of(self, x: Tensor, input_pos: Tensor | None, heads: int, cache: DecodingCache | None) -> Placed:
@@ -86,27 +82,21 @@ class Placement:
         """
         if input_pos is not None and input_pos is self._input_pos:
             return self._placed
-        return self._place(x.shape, input_pos, heads, cache)
-
-    def _place(
-        self, shape: tuple[int, ...], input_pos: Tensor | None, heads: int, cache: DecodingCache | None
-    ) -> Placed:
-        if input_pos is None:
-            if cache is not None:
-                raise ValueError(
-                    "input_pos (None) must be given while the cache is enabled; pass each token's position in its "
-                    "document, or disable the cache"
-                )
-            return None, None
-        position = position_rows(input_pos, *shape[:2])
         if cache is not None:
-            if cache.batch_size != shape[0] * heads:
-                raise ValueError(
-                    f"tokens (batch size {shape[0]}) must have the batch size of the cache "
-                    f"({cache.batch_size // heads}); set the cache up for it, or fill the batch up"
-                )
-            return None, cache.place(position.expand(shape[0], -1).repeat_interleave(heads, 0), self.chunk_sizes)
-        return make_segments(position).with_chunks(self.chunk_sizes).repeated(heads, shape[0]), None
+            return None, self._behind(cache, input_pos, x.shape, heads)
+        rows = self._documents(input_pos, x.shape)
+        return None if rows is None else rows.repeated(heads, x.shape[0]), None
+
+    def _documents(self, input_pos: Tensor | None, shape: tuple[int, ...]) -> Segments | None:
+        """Documents of the rows."""
+        if input_pos is None:
+            return None
+        return make_segments(position_rows(input_pos, *shape[:2])).with_chunks(self.chunk_sizes)
+
+    def _behind(self, cache: DecodingCache, input_pos: Tensor | None, shape: tuple[int, ...], heads: int) -> NewTokens:
+        """Places behind a cache, a row for each head."""
+        position = position_rows(cache.check_call(input_pos, shape[0], heads), *shape[:2])
+        return cache.place(position.expand(shape[0], -1).repeat_interleave(heads, 0), self.chunk_sizes)
 
 
 def _of_rows(new: NewTokens, heads: int) -> NewTokens:
