@@ -10,16 +10,8 @@ original is trained on as long as the others recover.
 
 from __future__ import annotations
 
-import csv
-import inspect
-import math
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
-from torchtune import config, utils
+from studies import bits_per_byte, checkpointer, held_out, load, run, write_csv
+from torch import nn
+from torchtune import config
 from tqdm import tqdm
 
-from flash_plugin import text_dataset
-from flash_plugin.components.sources import in_split, read_documents
-
-WEIGHTS = "model-00001-of-00001.bin"
 FIELDS = ["stage", "swap", "seq_len", "bits_per_byte", *(f"tokens_per_s_{name}" for name in ("p20", "p50", "p80"))]
-
-logger = utils.get_logger("INFO")
 
 
 class Stage(NamedTuple):
@@ -60,18 +47,6 @@ def swapped(cfg: DictConfig, choices: DictConfig, *, lora: bool = False) -> dict
     """The node of a swapped model."""
     node = original(cfg, lora=lora)
     return {**node, "_component_": "flash_plugin.swap_attention", "builder": node["_component_"], **choices}
-
-
-def checkpointer(model: dict[str, Any], output_dir: Path, start: Path | None) -> dict[str, Any]:
-    """The node of a checkpointer that begins with the weights in `start`, or from scratch."""
-    node: dict[str, Any] = {
-        "_component_": "flash_plugin.FlashCheckpointer",
-        "output_dir": str(output_dir),
-        "model_type": "FLASH",
-    }
-    if start is None:
-        return {**node, "init_model": model}
-    return {**node, "checkpoint_dir": str(start), "checkpoint_files": [WEIGHTS]}
 
 
 def stages(cfg: DictConfig, swap: str, pretrained: Path) -> Iterator[Stage]:
@@ -98,53 +73,9 @@ def stages(cfg: DictConfig, swap: str, pretrained: Path) -> Iterator[Stage]:
     yield Stage(f"{swap}_kd", "knowledge_distillation_single_device", changes)
 
 
-def run(cfg: DictConfig, stage: Stage) -> Path:
-    """Write the stage's config, let the stock recipe run it, and return the folder with the trained weights."""
-    folder = Path(stage.changes["output_dir"])
-    written = folder.with_suffix(".yaml")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    log_dir = {"metric_logger": {**cfg.common.metric_logger, "log_dir": str(folder / "logs")}}
-    OmegaConf.save(OmegaConf.create({**OmegaConf.to_container(cfg.common), **log_dir, **stage.changes}), written)
-    logger.info(f"tune run {stage.recipe} --config {written}")
-    tune = str(Path(sys.executable).parent / "tune")
-    subprocess.run([tune, "run", stage.recipe, "--config", str(written)], check=True)
-    return folder / f"epoch_{cfg.common.epochs - 1}"
-
-
-def load(node: dict[str, Any], weights: Path) -> nn.Module:
-    """A model with the weights in a folder; what they lack starts where the model says."""
-    model = config.instantiate(OmegaConf.create(node))
-    model.load_state_dict(torch.load(weights / WEIGHTS, mmap=True))
-    return model
-
-
-def held_out(cfg: DictConfig) -> Tensor:
-    """The beginnings of documents that no stage is trained on, each as long as the longest length."""
-    longest = max(cfg.seq_lens)
-    tokenizer = config.instantiate(cfg.common.tokenizer)
-    source, fraction = (
-        cfg.common.dataset.source,
-        inspect.signature(text_dataset).parameters["validation_fraction"].default,
-    )
-    texts = (document.text for document in read_documents(source) if in_split(document.name, "validation", fraction))
-    encoded = (tokenizer.encode(text[:longest], add_bos=False, add_eos=False)[:longest] for text in texts)
-    windows = [torch.tensor(tokens) for tokens in encoded if len(tokens) == longest][: cfg.windows]
-    if not windows:
-        raise ValueError(
-            f"seq_lens ({longest}) must fit the held-out documents, none of which is so long; set smaller ones"
-        )
-    return torch.stack(windows)
-
-
-@torch.no_grad()
-def bits_per_byte(model: nn.Module, windows: Tensor, seq_len: int) -> float:
-    """Mean loss on the second half of each stretch of `seq_len` tokens, whose context is at least half of that."""
-    total, count = 0.0, 0
-    for stretch in windows.unfold(1, seq_len, seq_len).flatten(0, 1):
-        logits, half = model(stretch[None])[0], seq_len // 2
-        total += F.cross_entropy(logits[half:-1], stretch[half + 1 :], reduction="sum").item()
-        count += seq_len - half - 1
-    return total / count / math.log(2)
+def trained(cfg: DictConfig, stage: Stage) -> Path:
+    """Let the stock recipe run a stage, and return the folder with the trained weights."""
+    return run(stage.recipe, {**OmegaConf.to_container(cfg.common), **stage.changes})
 
 
 def speed(model: nn.Module, seq_len: int, cfg: DictConfig) -> list[float]:
@@ -162,11 +93,12 @@ def speed(model: nn.Module, seq_len: int, cfg: DictConfig) -> list[float]:
 
 def measure(cfg: DictConfig, stage: str, swap: str, node: dict[str, Any], weights: Path) -> list[dict[str, Any]]:
     """The rows of one stage."""
-    windows, rows = held_out(cfg), []
+    tokenizer, rows = config.instantiate(cfg.common.tokenizer), []
+    windows = held_out(tokenizer, cfg.common.dataset.source, cfg.seq_lens, cfg.windows)
     model = load(node, weights).eval()
     for seq_len in tqdm(cfg.seq_lens, desc=f"{stage} {swap}".strip()):
         rates = np.quantile(speed(model, seq_len, cfg), (0.2, 0.5, 0.8))
-        loss = bits_per_byte(model, windows, seq_len)
+        loss = bits_per_byte(model, windows, seq_len, tokenizer)
         rows.append(dict(zip(FIELDS, (stage, swap, seq_len, round(loss, 4), *(round(r) for r in rates)), strict=True)))
     return rows
 
@@ -190,26 +122,19 @@ def main(cfg: DictConfig) -> None:
     model = original(cfg)
     folder = output_dir / "original"
     changes = {"model": model, "checkpointer": checkpointer(model, folder, None), "output_dir": str(folder)}
-    pretrained = run(cfg, Stage("original", "full_finetune_single_device", {**changes, **cfg.pretrain}))
+    pretrained = trained(cfg, Stage("original", "full_finetune_single_device", {**changes, **cfg.pretrain}))
     rows = measure(cfg, "original", "", model, pretrained)
     folder = output_dir / "original_longer"
     changes = {"model": model, "checkpointer": checkpointer(model, folder, pretrained), "output_dir": str(folder)}
-    longer = run(cfg, Stage("original_longer", "full_finetune_single_device", {**changes, **cfg.recover}))
+    longer = trained(cfg, Stage("original_longer", "full_finetune_single_device", {**changes, **cfg.recover}))
     rows += measure(cfg, "trained on", "original", model, longer)
     for swap, choices in cfg.swaps.items():
         rows += measure(cfg, "right after the swap", swap, swapped(cfg, choices), pretrained)
         for stage in stages(cfg, swap, pretrained):
-            trained = run(cfg, stage)
+            weights = trained(cfg, stage)
             kind = "after distillation" if stage.name.endswith("_kd") else "after LoRA"
-            rows += measure(cfg, kind, swap, swapped(cfg, choices), trained)
-    with (output_dir / "study_swap.csv").open("w", newline="") as file:
-        file.write(f"# {date.today()} {platform.processor() or platform.machine()}, {cfg.num_threads} threads, ")
-        packages = ("torch", "torchtune", "torchao")
-        file.write(", ".join(f"{name} {version(name)}" for name in packages) + "; ")
-        file.write(" ".join(["python", *sys.argv]) + "\n")
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+            rows += measure(cfg, kind, swap, swapped(cfg, choices), weights)
+    write_csv(output_dir / "study_swap.csv", rows, cfg.num_threads)
     (output_dir / "study_swap.md").write_text(table(cfg, rows) + "\n")
     print(table(cfg, rows))
 

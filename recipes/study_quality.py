@@ -1,0 +1,263 @@
+"""Which choices make a better model: FLASH beside its rivals, and beside itself with one choice changed.
+
+    python recipes/study_quality.py --config configs/study_quality.yaml
+
+Every model is trained from scratch by torchtune's stock recipe on the same tokens, with the learning rate of a small
+grid that does best for it, and then again with other seeds (of the weights and of the order of the data). Held-out bits
+per byte are measured at the training length and beyond it. Runs that are in `output_dir` already, with the same config,
+are not repeated, so that an interrupted study goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from studies import beside, bits_per_byte, checkpointer, held_out, load, run, write_csv
+from torchtune import config
+from torchtune.utils import get_logger
+from tqdm import tqdm
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPE = "full_finetune_single_device"
+NOT_FINITE = "training has diverged"  # what the recipe's log says of a run that diverged
+
+logger = get_logger("INFO")
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    text: str
+    model: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Where its files are."""
+        return f"{self.text}/{self.model}/lr_{self.lr:g}_seed_{self.seed}"
+
+
+def model_node(cfg: DictConfig, text: str, model: str) -> dict[str, Any]:
+    """The node of a model; one without `_component_` is `flash` but for what it names."""
+    node: Any = OmegaConf.to_container(cfg.models[model])
+    if "_component_" not in node:
+        node = {**OmegaConf.to_container(cfg.models.flash), **node}
+    return {**node, "vocab_size": cfg.texts[text].vocab_size}
+
+
+def recipe_config(cfg: DictConfig, job: Run, folder: Path) -> dict[str, Any]:
+    """What the stock recipe reads."""
+    node, common = model_node(cfg, job.text, job.model), OmegaConf.to_container(cfg.common)
+    assert isinstance(common, dict)
+    return {
+        **common,
+        "tokenizer": {**OmegaConf.to_container(cfg.texts[job.text].tokenizer), "max_seq_len": cfg.train_length},
+        "model": node,
+        "checkpointer": checkpointer(node, folder, None, job.seed),
+        "optimizer": {**common["optimizer"], "lr": job.lr},
+        "seed": job.seed,
+        "output_dir": str(folder),
+    }
+
+
+def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
+    """Bits per byte at each length; infinite if the run diverged."""
+    folder = Path(cfg.output_dir, "runs", job.name)
+    wanted, found = recipe_config(cfg, job, folder), beside(folder, "json")
+    measured = {"seq_lens": list(cfg.seq_lens), "windows": cfg.windows}
+    if found.exists():
+        before = json.loads(found.read_text())
+        if before["config"] == wanted and before["measured"] == measured:
+            return {int(length): bits for length, bits in before["bits_per_byte"].items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = beside(folder, "log")
+    try:
+        weights = run(RECIPE, wanted, log=log)
+    except RuntimeError:
+        if NOT_FINITE not in log.read_text():
+            raise
+        logger.info(f"{job.name} diverged")
+        bits = dict.fromkeys(cfg.seq_lens, math.inf)
+    else:
+        tokenizer, model = config.instantiate(cfg.texts[job.text].tokenizer), load(wanted["model"], weights).eval()
+        windows = held_out(tokenizer, cfg.common.dataset.source, cfg.seq_lens, cfg.windows)
+        bits = {length: bits_per_byte(model, windows, length, tokenizer) for length in cfg.seq_lens}
+        logger.info(f"{job.name}: " + ", ".join(f"{value:.4f} at {length}" for length, value in bits.items()))
+    found.write_text(json.dumps({"config": wanted, "measured": measured, "bits_per_byte": bits}, indent=1))
+    shutil.rmtree(folder)  # weights; config, log and result stay beside it
+    return bits
+
+
+def train_tokenizers(cfg: DictConfig) -> None:
+    """Train the vocabularies that are not there yet."""
+    for text in cfg.texts.values():
+        if "train_tokenizer" not in text or Path(text.tokenizer.path_or_name).exists():
+            continue
+        here, wanted = Path(__file__).parent, {**text.train_tokenizer, "output_file": text.tokenizer.path_or_name}
+        command = [sys.executable, str(here / "train_tokenizer.py")]
+        command += ["--config", str(here.parent / "configs/train_tokenizer.yaml")]
+        command += [
+            f"documents.source={cfg.common.dataset.source}",
+            *(f"{key}={value}" for key, value in wanted.items()),
+        ]
+        subprocess.run(command, check=True)
+
+
+def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
+    """How many each model has, by text and name.
+
+    Raises:
+        ValueError: If models that are compared differ by more than 3 %.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for study, group in cfg.studies.items():
+        for name in group.models:
+            with torch.device("meta"):
+                model = config.instantiate(OmegaConf.create(model_node(cfg, group.text, name)))
+            counts[group.text, name] = sum(parameter.numel() for parameter in model.parameters())
+        own = {name: counts[group.text, name] for name in group.models}
+        if max(own.values()) > 1.03 * min(own.values()):
+            raise ValueError(
+                f"studies.{study}.models ({own}) must have equal numbers of parameters, to 3 %; change num_layers or "
+                "widths"
+            )
+    return counts
+
+
+def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """Train all models: first with every learning rate, then those of the best with the other seeds."""
+    others = {
+        (group.text, model, seed)
+        for group in cfg.studies.values()
+        for model in group.models
+        for seed in group.get("seeds", cfg.seeds)[1:]
+    }
+    first, best = cfg.seeds[0], {}
+    with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(counts) * len(cfg.lrs) + len(others), desc="Runs") as bar:
+
+        def all_of(jobs: Iterable[Run]) -> dict[Run, dict[int, float]]:
+            def one(job: Run) -> tuple[Run, dict[int, float]]:
+                bits = train_and_measure(cfg, job)
+                bar.update()
+                return job, bits
+
+            return dict(pool.map(one, jobs))
+
+        grid = all_of(Run(*pair, lr, first) for pair in counts for lr in cfg.lrs)
+        for job, bits in grid.items():
+            pair = job.text, job.model
+            if pair not in best or bits[cfg.train_length] < grid[Run(*pair, best[pair], first)][cfg.train_length]:
+                best[pair] = job.lr
+        again = all_of(Run(text, model, best[text, model], seed) for text, model, seed in sorted(others))
+    return [
+        {
+            "text": job.text,
+            "model": job.model,
+            "parameters": counts[job.text, job.model],
+            "lr": job.lr,
+            "chosen": job.lr == best[job.text, job.model],
+            "seed": job.seed,
+            "seq_len": length,
+            "bits_per_byte": round(value, 4),
+        }
+        for job, bits in sorted({**grid, **again}.items())
+        for length, value in bits.items()
+    ]
+
+
+def over_seeds(rows: list[dict[str, Any]], text: str, model: str, seq_len: int) -> list[float]:
+    """Bits per byte of all seeds, at the best learning rate."""
+    wanted = (text, model, seq_len, True)
+    return [
+        row["bits_per_byte"] for row in rows if (row["text"], row["model"], row["seq_len"], row["chosen"]) == wanted
+    ]
+
+
+def tables(cfg: DictConfig, rows: list[dict[str, Any]]) -> str:
+    """Markdown: for each study mean and range over seeds, at each length."""
+    parts = []
+    for study, group in cfg.studies.items():
+        lines = [
+            f"### {study} ({group.text})",
+            "",
+            "| model | lr | " + " | ".join(f"{n} tokens" for n in cfg.seq_lens) + " |",
+        ]
+        lines.append("|---|---|" + "---|" * len(cfg.seq_lens))
+        for model in group.models:
+            lr = next(
+                row["lr"] for row in rows if (row["text"], row["model"], row["chosen"]) == (group.text, model, True)
+            )
+            cells = []
+            for length in cfg.seq_lens:
+                values = over_seeds(rows, group.text, model, length)
+                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            lines.append(f"| {model} | {lr:g} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def draw(cfg: DictConfig, rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel a study: every seed a point, every model a row, at each length a column of panels."""
+    figure, panels = plt.subplots(
+        len(cfg.studies),
+        len(cfg.seq_lens),
+        figsize=(4.2 * len(cfg.seq_lens), sum(0.9 + 0.28 * len(group.models) for group in cfg.studies.values())),
+        height_ratios=[0.9 + 0.28 * len(group.models) for group in cfg.studies.values()],
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel_row, (study, group) in zip(panels, cfg.studies.items(), strict=True):
+        for panel, length in zip(panel_row, cfg.seq_lens, strict=True):
+            for index, model in enumerate(group.models):
+                values = over_seeds(rows, group.text, model, length)
+                panel.plot(values, [index] * len(values), "o", alpha=0.6, color="tab:blue")
+                panel.plot(statistics.mean(values), index, "|", markersize=14, color="black")
+            panel.set_yticks(
+                range(len(group.models)), group.models if panel is panel_row[0] else [""] * len(group.models)
+            )
+            panel.invert_yaxis()
+            panel.set_title(f"{study} ({group.text}), {length} tokens", fontsize=9)
+            panel.grid(axis="x", alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("held-out bits per byte; left is better")
+    figure.savefig(path, dpi=110)
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    """Write `study_quality.csv`, `.md` and `.png`, and print the tables."""
+    torch.set_num_threads(1)
+    if cfg.train_length not in cfg.seq_lens:
+        raise ValueError(
+            f"seq_lens ({list(cfg.seq_lens)}) must hold train_length ({cfg.train_length}), at which learning rates are "
+            "chosen; add it"
+        )
+    output_dir = Path(cfg.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    train_tokenizers(cfg)
+    counts = parameters(cfg)
+    rows = rows_of(cfg, counts)
+    write_csv(output_dir / "study_quality.csv", rows, 1)
+    (output_dir / "study_quality.md").write_text(tables(cfg, rows) + "\n")
+    draw(cfg, rows, output_dir / "study_quality.png")
+    print(tables(cfg, rows))
+
+
+if __name__ == "__main__":
+    main()
