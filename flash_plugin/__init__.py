@@ -17,14 +17,17 @@ from flash_plugin._environment import check_environment
 __version__ = "0.1.0"
 
 _SIZES = ("debug", "125m", "350m", "1b", "3b", "7b")
-_FAMILIES = ("flash", "flash_quad", "lora_flash", "lora_flash_quad")
+_FAMILIES = ("flash", "flash_quad", "lora_flash", "lora_flash_quad", "mlm_flash", "mlm_flash_quad")
 _COMPONENTS = {
     "builders": ("flash", "flash_quad"),
     "peft": ("lora_flash", "lora_flash_quad"),
+    "masked_lm": ("mlm_flash", "mlm_flash_quad"),
+    "encoders": ("gau_alpha", "junnyu_flash_quad"),
     "sizes": tuple(f"{family}_{size}" for family in _FAMILIES for size in _SIZES),
     "decoder": ("FlashDecoder",),
     "layer": ("FlashLayer",),
     "gau": ("GatedAttentionUnit", "OffsetScale"),
+    "cross_attention": ("CrossGatedAttentionUnit", "FlashCrossAttentionLayer"),
     "mixers": ("MixedChunkMixer", "QuadraticMixer"),
     "norms": ("ScaleNorm",),
     "swap": ("swap_attention",),
@@ -38,6 +41,7 @@ _COMPONENTS = {
     "quantizers": ("Int8DynActInt8WeightQuantizer", "Int8WeightOnlyQuantizer"),
     "tokenizers": ("TiktokenTokenizer", "byte_tokenizer", "tiktoken_tokenizer"),
     "datasets": ("text_dataset", "token_dataset"),
+    "mlm_datasets": ("mlm_collate", "mlm_dataset", "mlm_token_dataset"),
     "tensor_parallel": ("flash_tp_plan",),
 }
 _MODULE_OF = {name: module for module, names in _COMPONENTS.items() for name in names}

@@ -33,7 +33,14 @@ class FlashDecoder(TransformerDecoder):
         causal: Whether the layers are causal.
         absolute_position: Absolute position embedding, or None.
         unlimited_decoding: Whether decoding with a cache may go on past ``max_seq_len``.
+
+    Attributes:
+        token_types: Embedding of token types, or None; added to each token's own.
+        embedding_norm: Norm of the sum of all embeddings, or None.
     """
+
+    token_types: nn.Embedding | None
+    embedding_norm: nn.Module | None
 
     def __init__(
         self,
@@ -60,6 +67,8 @@ class FlashDecoder(TransformerDecoder):
         self.causal = causal
         self.absolute_position = absolute_position
         self.unlimited_decoding = unlimited_decoding
+        self.token_types = None
+        self.embedding_norm = None
         self._mask_checks = MaskChecks()
         self._flash = [index for index, layer in enumerate(layers) if isinstance(layer, FlashLayer)]
         self._chunk_sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
@@ -104,19 +113,22 @@ class FlashDecoder(TransformerDecoder):
         encoder_input: Tensor | None = None,
         encoder_mask: Tensor | None = None,
         input_pos: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Predict the next token everywhere.
 
         Args:
             tokens: Token ids, ``[b, s]``.
-            mask: torchtune's attention mask ``[b, s, s]`` (or ``BlockMask``), which must say what ``input_pos`` says;
-                or a padding mask ``[b, s]``, True at real tokens. With an enabled cache only torchtune's
+            mask: torchtune's attention mask ``[b, s, s]`` (or ``BlockMask``), which must say what ``input_pos`` says
+                (to a bidirectional model a causal one does, where it has the same documents: torchtune packs with no
+                other); or a padding mask ``[b, s]``, True at real tokens. With an enabled cache only torchtune's
                 ``[1 or b, s, decoder_max_cache_seq_len]``.
             encoder_input: Must be None: FLASH has no encoder.
             encoder_mask: Must be None.
             input_pos: Position of each token in its document, ``[b, s]`` or ``[s]``; a restart begins a document.
                 None means one document a row. With an enabled cache a row goes on with its document where its first
                 position is one more than that of its last token; any other begins one.
+            token_types: Type of each token, ``[b, s]``, in a model that has them; None means type 0 everywhere.
 
         Raises:
             ValueError: If the sequence is longer than ``max_seq_len``, a token or position is out of range, or the
@@ -133,11 +145,7 @@ class FlashDecoder(TransformerDecoder):
             new = self._new_tokens(tokens, mask, input_pos)
         else:
             segments = self._segments(tokens, mask, input_pos)
-        h = self.tok_embeddings(tokens)
-        if self.absolute_position is not None:
-            placed = segments if new is None else new
-            position = torch.arange(tokens.shape[1], device=tokens.device)[None] if placed is None else placed.position
-            h = h + self.absolute_position(position)
+        h = self._embed(tokens, segments if new is None else new, token_types)
         told: dict[str, Tensor | None] = {}
         if len(self._flash) < len(self.layers):
             placed = segments if new is None else new
@@ -150,6 +158,20 @@ class FlashDecoder(TransformerDecoder):
             h = layer(h, segments=segments, new=new, **told)
         output = self.unembed(h)
         return [*hidden, output] if hidden else output
+
+    def _embed(self, tokens: Tensor, placed: Segments | NewTokens | None, token_types: Tensor | None) -> Tensor:
+        """Embed ``[b, s]`` tokens, with all that is added to them, as ``[b, s, d]``."""
+        h: Tensor = self.tok_embeddings(tokens)
+        if self.token_types is not None:
+            h = h + self.token_types(torch.zeros_like(tokens) if token_types is None else token_types)
+        elif token_types is not None:
+            raise ValueError(
+                f"token_types (shape {tuple(token_types.shape)}) must be None: the model has no types; leave it out"
+            )
+        if self.absolute_position is not None:
+            position = torch.arange(tokens.shape[1], device=tokens.device)[None] if placed is None else placed.position
+            h = h + self.absolute_position(position)
+        return h if self.embedding_norm is None else self.embedding_norm(h)
 
     def _segments(self, tokens: Tensor, mask: object, input_pos: Tensor | None) -> Segments | None:
         position = None if input_pos is None else self._position(tokens, input_pos)

@@ -1,4 +1,4 @@
-"""One FLASH layer: pre-norm, optional token shift, gated attention unit, residual."""
+"""One FLASH layer: norm, optional token shift, gated attention unit, residual."""
 
 from __future__ import annotations
 
@@ -25,10 +25,19 @@ class FlashLayer(TransformerSelfAttentionLayer):
         sa_norm: Normalisation before it.
         token_shift: Replace the first half of the features of each token by those of the token before it in its
             document (zeros at a document's start).
+        post_norm: Normalise the sum in place of the unit's input, ``sa_norm(x + attn(x))``, as GAU-alpha does.
+
+    Raises:
+        ValueError: If ``token_shift`` and ``post_norm`` are both set.
     """
 
-    def __init__(self, attn: GatedAttentionUnit, *, sa_norm: nn.Module, token_shift: bool = False) -> None:
+    def __init__(
+        self, attn: GatedAttentionUnit, *, sa_norm: nn.Module, token_shift: bool = False, post_norm: bool = False
+    ) -> None:
         nn.Module.__init__(self)  # The parent's own constructor wants an attention and an MLP.
+        if token_shift and post_norm:
+            raise ValueError("token_shift (True) must be False with post_norm=True; set one of them to False")
+        self.post_norm = post_norm
         self.attn = attn
         self.sa_norm = sa_norm
         self.token_shift = token_shift
@@ -101,6 +110,9 @@ class FlashLayer(TransformerSelfAttentionLayer):
             raise ValueError(
                 "input_pos (None) must be given while the cache is enabled; pass each token's position in its document"
             )
+        if self.post_norm:
+            summed: Tensor = self.sa_norm(x + self.attn(x, segments, new))
+            return summed
         if not self.token_shift:
             normalised = self.sa_norm(x)
         elif cache is not None and new is not None:

@@ -5,15 +5,21 @@ Shape legend: ``b`` batch, ``s`` sequence, ``z`` query/key width, ``e`` expanded
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flash_plugin.components.cache import FlashCache
-from flash_plugin.kernels import Segments, mixed_chunk_attention, quadratic_attention
+from flash_plugin.kernels import ACTIVATIONS, Segments, mixed_chunk_attention, quadratic_attention
 from flash_plugin.kernels.decode import mixed_chunk_decode, quadratic_decode, tokens_held
+from flash_plugin.kernels.layout import state_dtype
 from flash_plugin.kernels.new_tokens import NewTokens
-from flash_plugin.kernels.validation import check_attention, check_chunk_size
+from flash_plugin.kernels.validation import check_attention, check_choice, check_chunk_size, is_number
+
+# Length of the texts at which softmax_plus is softmax: that of GAU-alpha's pretraining.
+_PLUS_LENGTH = 512
 
 
 class _Mixer(nn.Module):
@@ -82,10 +88,29 @@ class _Mixer(nn.Module):
 
 
 class QuadraticMixer(_Mixer):
-    """FLASH-Quad: every token attends to its whole document (paper section 2)."""
+    """FLASH-Quad: every token attends to its whole document (paper section 2).
+
+    Args:
+        activation: As for every mixer, or ``softmax_plus`` (Su 2021, GAU-alpha's): softmax whose scores are multiplied
+            by log(keys visible to the token) / log 512, so that it is as sharp in texts of any length. A bias is not
+            multiplied.
+        scale: Factor of q.k in place of the normaliser's default.
+        choices: What every mixer has.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range.
+    """
 
     num_projections = 2
     decodable = ("visible",)
+
+    def __init__(self, *, activation: str = "relu2", scale: float | None = None, **choices: Any) -> None:
+        check_choice("activation", activation, (*ACTIVATIONS, "softmax_plus"))
+        if scale is not None and (not is_number(scale) or not scale > 0):
+            raise ValueError(f"scale ({scale!r}) must be a positive number; set scale=None for the normaliser's own")
+        self.sharpened = activation == "softmax_plus"
+        super().__init__(activation="softmax" if self.sharpened else activation, **choices)
+        self.scale = scale
 
     def forward(self, qk: tuple[Tensor, ...], v: Tensor, gate: Tensor, segments: Segments | None) -> Tensor:
         """Mix values and gate the result.
@@ -100,6 +125,8 @@ class QuadraticMixer(_Mixer):
             ``[b, s, e]``.
         """
         q, k = qk
+        if self.sharpened:
+            q = _sharpen(q, _visible_keys(segments, v, self.causal))
         return quadratic_attention(
             q,
             k,
@@ -109,6 +136,7 @@ class QuadraticMixer(_Mixer):
             segments=segments,
             causal=self.causal,
             normalizer=self.normalizer,
+            scale=self.scale,
             silu=True,
             **self._choices(),
         )
@@ -116,9 +144,25 @@ class QuadraticMixer(_Mixer):
     def decode(self, qk: tuple[Tensor, ...], v: Tensor, gate: Tensor, cache: FlashCache, new: NewTokens) -> Tensor:
         """Mix the values of new tokens and of those in the cache, which keeps the new ones; as :meth:`forward`."""
         q, k = qk
+        if self.sharpened:
+            q = _sharpen(q, new.position - new.begin + 1)
         memory = cache.document_memory()
         bias = self._bias(tokens_held(memory, new))
-        return quadratic_decode(q, k, v, gate, memory, new, bias=bias, **self._choices())
+        return quadratic_decode(q, k, v, gate, memory, new, bias=bias, scale=self.scale, **self._choices())
+
+
+def _sharpen(q: Tensor, visible: Tensor) -> Tensor:
+    """Queries ``[b, s, z]`` times log(keys visible to each, ``[1 or b, s]``) / log 512."""
+    factor = visible.clamp(min=1).to(state_dtype(q.dtype)).log() / math.log(_PLUS_LENGTH)
+    return q * factor[..., None].to(q.dtype)
+
+
+def _visible_keys(segments: Segments | None, v: Tensor, causal: bool) -> Tensor:
+    """How many keys each token of ``v`` ``[b, s, e]`` sees, ``[1 or b, s]``."""
+    index = torch.arange(v.shape[1], device=v.device)[None]
+    if segments is None:
+        return index + 1 if causal else torch.full_like(index, v.shape[1])
+    return (index + 1 if causal else segments.end) - segments.start
 
 
 class MixedChunkMixer(_Mixer):

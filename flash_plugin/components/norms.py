@@ -10,7 +10,7 @@ from flash_plugin.components.copies import local
 from flash_plugin.kernels import Segments, rms_norm, scale_norm
 from flash_plugin.kernels.validation import is_number
 
-NORMS = ("rmsnorm", "layernorm", "scalenorm")
+NORMS = ("rmsnorm", "layernorm", "scalenorm", "plain_rmsnorm")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -59,7 +59,7 @@ class ScaleNorm(nn.Module):
 
 
 def build_norm(name: str, dim: int, eps: float) -> nn.Module:
-    """Build the norm called ``name`` for width ``dim``.
+    """Build the norm called ``name`` for width ``dim``; ``plain_rmsnorm`` is the RMS norm without a weight.
 
     Raises:
         ValueError: If the name is unknown or ``eps`` is not positive.
@@ -72,4 +72,6 @@ def build_norm(name: str, dim: int, eps: float) -> nn.Module:
         return LayerNorm(dim, eps=eps)
     if name == "scalenorm":
         return ScaleNorm(dim, eps=eps)
+    if name == "plain_rmsnorm":
+        return nn.RMSNorm(dim, eps=eps, elementwise_affine=False)
     raise ValueError(f"norm ({name!r}) must be one of {', '.join(NORMS)}; set norm to one of them")

@@ -131,6 +131,7 @@ def quadratic_decode(
     activation: str,
     dropout: float,
     impl: str,
+    scale: float | None = None,
     silu: bool = True,
 ) -> Tensor:
     """Causal :func:`flash_plugin.kernels.quadratic_attention`, for tokens behind those held.
@@ -146,12 +147,15 @@ def quadratic_decode(
         activation: Attention function.
         dropout: Probability of zeroing an attention weight.
         impl: Implementation of the op for the first tokens.
+        scale: Factor of q.k; ``z**-0.5`` by default.
         silu: Apply SiLU to ``v`` and ``gate``.
 
     Returns:
         ``[b, s, e]`` in the dtype of ``v``.
     """
     length, dtype = v.shape[1], state_dtype(v.dtype)
+    if scale is None:
+        scale = default_scale("visible", q.shape[-1], length)
     values = F.silu(v) if silu else v
     memory.keys.index_copy_(1, new.index, k.detach().to(memory.keys.dtype))
     memory.values.index_copy_(1, new.index, values.detach().to(memory.values.dtype))
@@ -160,13 +164,13 @@ def quadratic_decode(
             middle = bias.shape[0] // 2
             bias = bias[middle - length + 1 : middle + length]
         out = quadratic_attention(
-            q, k, values, bias=bias, segments=new.segments, activation=activation, dropout=dropout, impl=impl
-        )
+            q, k, values, bias=bias, segments=new.segments, activation=activation, scale=scale, dropout=dropout,
+            impl=impl,
+        )  # fmt: skip
         return gated(out, gate, silu)
     held = tokens_held(memory, new)
     keys, held_values = memory.keys[:, :held].to(dtype), memory.values[:, :held].to(v.dtype)
     index = torch.arange(held, device=v.device)
-    scale = default_scale("visible", q.shape[-1], held)
     panels = []
     for top in range(0, length, _PANEL):
         rows = slice(top, top + _PANEL)

@@ -1,4 +1,4 @@
-"""FLASH-pytorch 0.1.9 with its weights copied into our modules gives the same logits."""
+"""FLASH-pytorch 0.1.9 with its weights converted to ours gives the same logits."""
 
 import warnings
 
@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import flash_plugin
+from flash_plugin.components.conversion import convert_to_ours
+from flash_plugin.components.conversion_flash import unit_rules
 from flash_plugin.components.positions import T5Bias
+from flash_plugin.kernels import make_segments
 from tests.tolerances import assert_close
 
 with warnings.catch_warnings():
@@ -15,32 +18,6 @@ with warnings.catch_warnings():
     flash_pytorch = pytest.importorskip("flash_pytorch")  # the extra `dev` installs it
 
 VOCABULARY, DIM, QK_DIM, GROUP, DEPTH = 50, 48, 40, 16, 2
-
-
-@torch.no_grad()
-def copy_unit(theirs: nn.Module, ours: flash_plugin.GatedAttentionUnit, qk_order: tuple[int, ...]) -> None:
-    """Copy projections, offset-scale and relative bias of a FLASH-pytorch layer."""
-    hidden, qk = theirs.to_hidden[0], theirs.to_qk[0]
-    expanded = hidden.out_features // 2
-    for name in ("weight", "bias"):
-        values, gate = getattr(hidden, name).split(expanded)
-        getattr(ours.v_proj, name).copy_(values)
-        getattr(ours.gate_proj, name).copy_(gate)
-        getattr(ours.qk_proj, name).copy_(getattr(qk, name))
-    out = theirs.to_out[0] if isinstance(theirs.to_out, nn.Sequential) else theirs.to_out
-    ours.output_proj.load_state_dict(out.state_dict())
-    offset_scale = theirs.qk_offset_scale if hasattr(theirs, "qk_offset_scale") else theirs.offsetscale
-    ours.offset_scale.gamma.copy_(offset_scale.gamma[list(qk_order)])
-    ours.offset_scale.beta.copy_(offset_scale.beta[list(qk_order)])
-    ours.mixer.position_bias.weight.copy_(theirs.rel_pos_bias.relative_attention_bias.weight[:, 0])
-
-
-@torch.no_grad()
-def copy_norm(theirs: nn.Module, ours: nn.Module) -> None:
-    if isinstance(ours, nn.LayerNorm):
-        ours.load_state_dict(theirs.state_dict())
-    else:
-        ours.scale.copy_(theirs.g)
 
 
 @torch.no_grad()
@@ -68,37 +45,12 @@ def transformer(laplace: bool, norm: str, shift: bool, causal: bool, reduce_grou
     return model
 
 
-def ours_like(theirs: nn.Module, laplace: bool, norm: str, shift: bool, causal: bool) -> nn.Module:
-    model = flash_plugin.flash(
-        vocab_size=VOCABULARY,
-        num_layers=DEPTH,
-        embed_dim=DIM,
-        max_seq_len=256,
-        qk_dim=QK_DIM,
-        chunk_size=GROUP,
-        activation="laplace" if laplace else "relu2",
-        normalizer="chunk",
-        position_bias="t5",
-        rope_dim=32,
-        absolute_position=True,
-        norm=norm,
-        norm_eps=1e-5,
-        token_shift=shift,
-        causal=causal,
-        proj_bias=True,
-        output_bias=True,
-        final_norm="layernorm",
-    ).eval()
-    with torch.no_grad():
-        model.tok_embeddings.load_state_dict(theirs.token_emb.state_dict())
-        model.absolute_position.scale.copy_(theirs.abs_pos_emb.scale)
-        for layer, their_layer in zip(model.layers, theirs.layers, strict=True):
-            copy_norm(their_layer.norm, layer.sa_norm)
-            # Theirs: quad_q, lin_q, quad_k, lin_k. Ours: local q, k, global q, k.
-            copy_unit(their_layer, layer.attn, (0, 2, 1, 3))
-        model.norm.load_state_dict(theirs.to_logits[0].state_dict())
-        model.output.load_state_dict(theirs.to_logits[1].state_dict())
-    return model
+def ours_like(theirs: nn.Module, laplace: bool, shift: bool, causal: bool) -> nn.Module:
+    options = dict(group_size=GROUP, laplace_attn_fn=laplace, shift_tokens=shift, causal=causal, max_seq_len=256)
+    converted = convert_to_ours("flash_pytorch", theirs.state_dict(), options)
+    model = flash_plugin.flash(**{key: value for key, value in converted.arguments.items() if key != "_component_"})
+    model.load_state_dict(converted.weights)
+    return model.eval()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -108,7 +60,7 @@ def ours_like(theirs: nn.Module, laplace: bool, norm: str, shift: bool, causal: 
 def test_transformer_gives_the_same_logits(laplace: bool, norm: str, shift: bool, causal: bool) -> None:
     torch.manual_seed(0)
     theirs = transformer(laplace, norm, shift, causal)
-    ours = ours_like(theirs, laplace, norm, shift, causal)
+    ours = ours_like(theirs, laplace, shift, causal)
     for length in (1, GROUP, 3 * GROUP, 5 * GROUP + 7):
         tokens = torch.randint(VOCABULARY, (2, length))
         with torch.no_grad():
@@ -121,7 +73,7 @@ def test_padding_mask_gives_the_same_logits_at_real_tokens(laplace: bool, causal
     # Right padding: with left padding theirs shifts the chunk grid and positions, which is one of its defects.
     torch.manual_seed(1)
     theirs = transformer(laplace, "layernorm", False, causal)
-    ours = ours_like(theirs, laplace, "layernorm", False, causal)
+    ours = ours_like(theirs, laplace, False, causal)
     for length in (2 * GROUP, 3 * GROUP + 5):
         tokens = torch.randint(VOCABULARY, (2, length))
         mask = torch.arange(length) < torch.tensor([[length - 6], [length - GROUP - 3]])
@@ -143,13 +95,16 @@ def test_gated_attention_unit_gives_the_same_output(laplace: bool, causal: bool)
         embed_dim=DIM, expanded_dim=2 * DIM, qk_dim=QK_DIM, mixer=mixer, proj_bias=True
     )
     ours = flash_plugin.FlashLayer(unit, sa_norm=nn.LayerNorm(DIM)).eval()
-    copy_norm(theirs.norm, ours.sa_norm)
-    copy_unit(theirs, unit, (0, 1))
+    rules = unit_rules(
+        "", "", expanded_dim=2 * DIM, norm="layernorm", offset_scale="offsetscale", order=(0, 1), to_out="to_out.0"
+    )
+    weights, own = theirs.state_dict(), {}
+    for rule in rules:
+        own.update(zip(rule.ours, rule.to_ours([weights[key] for key in rule.theirs]), strict=True))
+    ours.load_state_dict(own)
     for length in (1, 37, 160):
         x = torch.randn(2, length, DIM)
         mask = torch.arange(length) < torch.tensor([[length], [(length + 1) // 2]])
-        from flash_plugin.kernels import make_segments
-
         with torch.no_grad():
             assert_close(ours(x), theirs(x), "parity_fp32")
             # Padding to the same tensor length: the quadratic form divides by it.
