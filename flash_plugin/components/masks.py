@@ -38,9 +38,10 @@ def padding_of(mask: object, causal: bool) -> Tensor | None:
 def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: bool, has_positions: bool) -> None:
     """Refuse a mask that documents, padding and causality do not already express.
 
-    Two harmless differences of torchtune's packed batches are accepted: padding that fills up a pack counts as one more
-    document in the mask but not in ``input_pos``, and a document longer than a pack restarts its positions at the
-    pack's length while the mask goes on.
+    Harmless differences of torchtune's packed batches are accepted. In a causal model: padding that fills up a pack
+    counts as one more document in the mask but not in ``input_pos``, and a document longer than a pack restarts its
+    positions at the pack's length while the mask goes on. In a bidirectional model: torchtune's collate makes causal
+    masks alone, so with ``input_pos`` one of the very same documents stands for the documents, as a ``BlockMask`` does.
 
     Args:
         mask: ``[1 or b, s, s]`` bool, or a flex-attention ``BlockMask``, which stands for the packing that
@@ -75,6 +76,8 @@ def check_mask(mask: object, segments: Segments | None, tokens: Tensor, causal: 
     index = torch.arange(length, device=mask.device)
     start, real = (torch.zeros_like(index)[None], None) if segments is None else (segments.start, segments.real)
     different = mask != _seen(start, real, causal)
+    if not causal and has_positions and different.any() and torch.equal(mask, _seen(start, None, causal=True)):
+        return
     if real is not None:
         different = different & real[:, :, None]
     if causal:

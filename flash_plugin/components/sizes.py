@@ -1,4 +1,4 @@
-"""The sizes a config can name, as one table, for both families, with and without adapters."""
+"""The sizes a config can name, as one table, for both families: causal, with adapters, and bidirectional."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from flash_plugin.components.arguments import config_component
 from flash_plugin.components.builders import flash, flash_quad
 from flash_plugin.components.decoder import FlashDecoder
+from flash_plugin.components.masked_lm import mlm_flash, mlm_flash_quad
 from flash_plugin.components.peft import lora_flash, lora_flash_quad
 
 # GPT-2's 50,257 tokens and room for special ones, rounded up for the hardware.
@@ -47,12 +48,15 @@ def _sized(builder: Callable[..., FlashDecoder], name: str, numbers: dict[str, A
 
 
 def _fits(builder: Callable[..., FlashDecoder], numbers: dict[str, Any]) -> dict[str, Any]:
+    """What ``builder`` takes of a size; bytes need one more id for a mask token, larger vocabularies have room."""
+    if builder in (mlm_flash, mlm_flash_quad) and numbers["vocab_size"] < _VOCABULARY:
+        numbers = {**numbers, "vocab_size": numbers["vocab_size"] + 1}
     return {key: value for key, value in numbers.items() if key in inspect.signature(builder).parameters}
 
 
 SIZED_BUILDERS: dict[str, Callable[..., FlashDecoder]] = {
     f"{builder.__name__}_{size}": _sized(builder, f"{builder.__name__}_{size}", _fits(builder, numbers))
-    for builder in (flash, flash_quad, lora_flash, lora_flash_quad)
+    for builder in (flash, flash_quad, lora_flash, lora_flash_quad, mlm_flash, mlm_flash_quad)
     for size, numbers in SIZES.items()
 }
 
