@@ -230,6 +230,20 @@ def linear(
     return torch.stack(rows), State(torch.stack(sums), torch.stack(counts), torch.stack(key_sums))
 
 
+def cross(q: Tensor, k: Tensor, v: Tensor, *, gate: Tensor, sees: Tensor, activation: str | None) -> Tensor:
+    """Sum over the s that t sees, [b, t, s], of A_ts v_s, gated; without an activation A_ts is q_t.k_s / n_t."""
+    v, gate = v.double() * torch.sigmoid(v.double()), gate.double() * torch.sigmoid(gate.double())
+    rows = []
+    for row in range(q.shape[0]):
+        scores, seen = q[row].double() @ k[row].double().T, sees[row]
+        if activation is None:
+            weights = torch.where(seen, scores, 0.0) / seen.sum(dim=1, keepdim=True).clamp(min=1)
+        else:
+            weights = weigh(scores / q.shape[-1] ** 0.5, seen, activation, "visible")
+        rows.append(weights @ v[row])
+    return torch.stack(rows) * gate
+
+
 def offset_scale(
     base: Tensor, gamma: Tensor, beta: Tensor, *, angles: Tensor | None = None, silu: bool = False
 ) -> list[Tensor]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
+from torchtune.modules.model_fusion import FusionLayer
 
 from flash_plugin.components.embeddings import TiedOutput
 from flash_plugin.components.layer import FlashLayer
@@ -25,7 +26,8 @@ class FlashDecoder(TransformerDecoder):
 
     Args:
         tok_embeddings: Token embedding.
-        layers: FLASH layers, and causal Transformer layers of torchtune's between them.
+        layers: FLASH layers, and causal Transformer layers of torchtune's between them; each may be in a
+            ``FusionLayer`` with a cross-attention layer.
         max_seq_len: Longest sequence accepted.
         qk_dim: Width z of queries and keys, torchtune's ``head_dim``.
         norm: Normalisation before the output projection.
@@ -70,7 +72,9 @@ class FlashDecoder(TransformerDecoder):
         self.token_types = None
         self.embedding_norm = None
         self._mask_checks = MaskChecks()
-        self._flash = [index for index, layer in enumerate(layers) if isinstance(layer, FlashLayer)]
+        own = [layer.layer if isinstance(layer, FusionLayer) else layer for layer in layers]
+        self._flash = [index for index, layer in enumerate(own) if isinstance(layer, FlashLayer)]
+        self._fused = any(isinstance(m, TransformerCrossAttentionLayer) for m in self.modules())
         self._chunk_sizes = {m.chunk_size for m in self.modules() if isinstance(m, MixedChunkMixer)}
 
     def setup_caches(
@@ -86,7 +90,8 @@ class FlashDecoder(TransformerDecoder):
         Args:
             batch_size: Rows that every call will have.
             dtype: The model's dtype.
-            encoder_max_seq_len: Not used: FLASH has no encoder.
+            encoder_max_seq_len: Encoder tokens a row may have, where layers attend to an encoder; ``max_seq_len`` if
+                not given.
             decoder_max_seq_len: Tokens a row may have; ``max_seq_len`` if not given.
 
         Raises:
@@ -99,8 +104,9 @@ class FlashDecoder(TransformerDecoder):
                 "for fewer tokens (max_new_tokens, max_seq_length), or set model.max_seq_len higher, or in FLASH "
                 "model.unlimited_decoding=True"
             )
-        for layer in self.layers:
-            layer.attn.kv_cache = None  # torchtune's own attention would keep the one it has
+        for module in self.modules():
+            if isinstance(getattr(module, "kv_cache", None), nn.Module):
+                module.kv_cache = None  # torchtune's own attention would keep the one it has
         super().setup_caches(
             batch_size, dtype, encoder_max_seq_len=encoder_max_seq_len, decoder_max_seq_len=decoder_max_seq_len
         )
@@ -123,8 +129,8 @@ class FlashDecoder(TransformerDecoder):
                 (to a bidirectional model a causal one does, where it has the same documents: torchtune packs with no
                 other); or a padding mask ``[b, s]``, True at real tokens. With an enabled cache only torchtune's
                 ``[1 or b, s, decoder_max_cache_seq_len]``.
-            encoder_input: Must be None: FLASH has no encoder.
-            encoder_mask: Must be None.
+            encoder_input: The encoder's output, ``[b, s_e, d_e]``, where layers attend to one; else None.
+            encoder_mask: Which of its tokens each token sees, ``[b, s, s_e]``, likewise.
             input_pos: Position of each token in its document, ``[b, s]`` or ``[s]``; a restart begins a document.
                 None means one document a row. With an enabled cache a row goes on with its document where its first
                 position is one more than that of its last token; any other begins one.
@@ -151,6 +157,8 @@ class FlashDecoder(TransformerDecoder):
             placed = segments if new is None else new
             told["input_pos"] = None if placed is None else placed.position
             told["mask"] = attention_mask(segments, new, self.decoder_max_cache_seq_len)
+        if self._fused:
+            told["encoder_input"], told["encoder_mask"] = encoder_input, encoder_mask
         hidden = []
         for i, layer in enumerate(self.layers):
             if i in self.output_hidden_states:
@@ -186,7 +194,8 @@ class FlashDecoder(TransformerDecoder):
         return segments
 
     def _new_tokens(self, tokens: Tensor, mask: object, input_pos: Tensor | None) -> NewTokens:
-        cache = self.layers[self._flash[0]].attn.kv_cache
+        first = self.layers[self._flash[0]]
+        cache = (first.layer if isinstance(first, FusionLayer) else first).attn.kv_cache
         input_pos = cache.check_call(input_pos, tokens.shape[0])
         new = cache.place(self._position(tokens, input_pos), self._chunk_sizes)
         check_cached_mask(mask, new, self.decoder_max_cache_seq_len)
@@ -210,9 +219,10 @@ class FlashDecoder(TransformerDecoder):
         return position
 
     def _check(self, tokens: Tensor, encoder_input: Tensor | None, encoder_mask: Tensor | None) -> None:
-        if encoder_input is not None or encoder_mask is not None:
+        if not self._fused and (encoder_input is not None or encoder_mask is not None):
             raise ValueError(
-                "encoder_input and encoder_mask must be None: a FLASH decoder has no encoder; leave them out"
+                "encoder_input and encoder_mask must be None: no layer of this model attends to an encoder; leave them "
+                "out, or put its layers into FusionLayers with FlashCrossAttentionLayers"
             )
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens (shape {tuple(tokens.shape)}) must be [batch, sequence]; add the missing axis")

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules import FeedForward, MultiHeadAttention
+from torchtune.modules import FeedForward, MultiHeadAttention, TanhGate, TransformerDecoder
 from torchtune.modules import RMSNorm as TorchtuneRMSNorm
 
+from flash_plugin.components.cross_attention import CrossGatedAttentionUnit
 from flash_plugin.components.gau import GatedAttentionUnit, OffsetScale
 from flash_plugin.components.global_path import Matrix
 from flash_plugin.components.norms import ScaleNorm
@@ -24,7 +25,8 @@ def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
     """Fill every parameter of ``model`` in place.
 
     Linear weights are N(0, 1 / fan_in), those that write into the residual stream divided by the root of their number;
-    biases are 0, norms 1, embeddings, output projection and relative biases N(0, 0.02), OffsetScale as in the paper.
+    biases and tanh gates are 0, norms 1, embeddings, output projection and relative biases N(0, 0.02), OffsetScale as
+    in the paper.
 
     Args:
         model: Any model; parameters on the meta device are left alone.
@@ -81,7 +83,11 @@ class _Rule(NamedTuple):
 
 def _rules(model: nn.Module) -> Iterator[tuple[str, _Rule]]:
     """Every parameter's full name and how to fill it."""
-    attentions = [m for m in model.modules() if isinstance(m, GatedAttentionUnit | MultiHeadAttention)]
+    units = GatedAttentionUnit | CrossGatedAttentionUnit | MultiHeadAttention
+    attentions = [m for m in model.modules() if isinstance(m, units)]
+    outputs = {
+        id(getattr(m, "output", None)) for m in model.modules() if m is model or isinstance(m, TransformerDecoder)
+    }
     residual = {id(m.output_proj) for m in attentions} | {
         id(m.w2) for m in model.modules() if isinstance(m, FeedForward)
     }
@@ -90,7 +96,7 @@ def _rules(model: nn.Module) -> Iterator[tuple[str, _Rule]]:
             std = _std(module, name)
             if id(module) in residual:
                 std *= len(residual) ** -0.5
-            elif module is getattr(model, "output", None):
+            elif id(module) in outputs:
                 std = min(std, _EMBEDDING_STD)  # the first predictions are nearly uniform
             yield f"{prefix}.{name}", _Rule(parameter, module, name, std)
 
@@ -107,6 +113,8 @@ def _fill(rule: _Rule, values: Tensor, generator: torch.Generator | None) -> Non
     module = rule.module
     if isinstance(module, Matrix):
         values.fill_(module.start)
+    elif isinstance(module, TanhGate):
+        values.zero_()
     elif isinstance(module, nn.RMSNorm | nn.LayerNorm | ScaleNorm | TorchtuneRMSNorm):
         values.fill_(0.0 if rule.name == "bias" else 1.0)
     elif isinstance(module, ScaledSinusoid):
