@@ -36,7 +36,7 @@ def flash(
     chunk_size: int = 256,
     activation: str = "relu2",
     normalizer: str = "visible",
-    position_bias: str = "none",
+    position_bias: str = "t5",
     rope_dim: int | None = None,
     rope_base: float = 10000,
     absolute_position: bool = False,
@@ -68,11 +68,12 @@ def flash(
         chunk_size: Tokens c that attend to each other quadratically.
         activation: ``relu2``, ``laplace``, ``softplus2`` or ``softmax``.
         normalizer: ``visible``, ``paper`` or ``chunk``; see :func:`flash_plugin.kernels.mixed_chunk_attention`.
-        position_bias: ``none``, ``rope``, ``toeplitz`` or ``t5``, inside chunks.
+        position_bias: ``none``, ``rope`` (the paper's), ``toeplitz`` or ``t5``, inside chunks. ``t5`` trains best
+            (``recipes/study_quality.py``): without a bias a model learns far more slowly.
         rope_dim: How many of the z features rotate; None rotates all, 0 none.
         rope_base: Base of the rotary wavelengths.
         absolute_position: Add sinusoidal embeddings with a learned scale.
-        norm: ``rmsnorm``, ``layernorm`` or ``scalenorm``.
+        norm: ``rmsnorm``, ``layernorm``, ``scalenorm`` or ``plain_rmsnorm``, which has no weight.
         norm_eps: Epsilon of the norms.
         token_shift: Shift half of the features by one token before the projections.
         causal: Whether tokens see only what lies before them.
@@ -173,7 +174,7 @@ def flash_quad(
     qk_dim: int = 128,
     activation: str = "relu2",
     normalizer: str = "visible",
-    position_bias: str = "none",
+    position_bias: str = "t5",
     rope_dim: int | None = None,
     rope_base: float = 10000,
     absolute_position: bool = False,
@@ -191,7 +192,8 @@ def flash_quad(
     """Build FLASH-Quad (paper section 2): gated attention units with quadratic attention over whole documents.
 
     Arguments, errors and result are those of :func:`flash`, without ``chunk_size``, those about other kinds of layers
-    and, its cache growing with the text, ``unlimited_decoding``; ``position_bias`` reaches over ``max_seq_len`` tokens.
+    and, its cache growing with the text, ``unlimited_decoding``; ``position_bias`` reaches over ``max_seq_len`` tokens,
+    and ``activation`` may also be ``softmax_plus`` (see :class:`flash_plugin.QuadraticMixer`).
     """
 
     def mixer(_index: int) -> QuadraticMixer:

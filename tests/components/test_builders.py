@@ -24,7 +24,7 @@ def tiny(family: str = "flash", **arguments: object) -> flash_plugin.FlashDecode
 def expected_parameters(family: str, size: dict[str, int]) -> int:
     d, z, vocabulary, layers = size["embed_dim"], size.get("qk_dim", 128), size["vocab_size"], size["num_layers"]
     projections = 4 if family == "flash" else 2
-    layer = 3 * d * (2 * d) + d * z + 2 * projections * z + d  # 3de + dz, gamma and beta, norm
+    layer = 3 * d * (2 * d) + d * z + 2 * projections * z + d + 32  # 3de + dz, gamma and beta, norm, T5 buckets
     embeddings = vocabulary * d * (1 if size.get("tie_embeddings") else 2)
     return layers * layer + embeddings + d
 
