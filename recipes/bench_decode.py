@@ -10,25 +10,19 @@ and some steps: what the process grew by on a CPU, what the allocator gave out o
 
 from __future__ import annotations
 
-import csv
-import ctypes
 import functools
-import gc
 import itertools
 import multiprocessing
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+from measuring import QUANTILES, memory_mib, quantiles, surroundings, write_csv
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config, training, utils
@@ -41,7 +35,6 @@ import flash_plugin
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 FIELDS = [
     *("contender", "precision", "context", "parameters", "cache_mib", "peak_mib"),
     *(f"prefill_tokens_per_s_{name}" for name in QUANTILES),
@@ -191,26 +184,12 @@ class Runner:
 
 def peak_memory(cfg: DictConfig, row: Row) -> float:
     """MiB at the peak of building a model, filling its caches, a prefill and some steps."""
-    before = memory_mib(cfg.device, restart=True)
+    device = torch.device(cfg.device)
+    before = memory_mib(device, restart=True)
     runner = Runner(cfg, row, compiled=False)  # the compiler's own memory is not the model's
     runner.prefill()
     runner.decode()
-    return memory_mib(cfg.device) - before
-
-
-def memory_mib(device: str, *, restart: bool = False) -> float:
-    """MiB at the peak so far; with ``restart`` MiB now, from which on peaks count."""
-    if device.startswith("cuda"):
-        if restart:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2**20
-    if restart:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc: give back what is free
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+    return memory_mib(device) - before
 
 
 def warm_up(cfg: DictConfig, rows: list[Row]) -> None:
@@ -248,8 +227,8 @@ def result(
         "peak_mib": f"{peak_mib:.0f}",
     }
     for kind, tokens, times in (("prefill", cfg.prefill_tokens, prefill), ("decode", cfg.decode_tokens, decode)):
-        rates = np.quantile(cfg.batch_size * tokens / np.array(times), list(QUANTILES.values()))
-        line |= {f"{kind}_tokens_per_s_{name}": f"{rate:.1f}" for name, rate in zip(QUANTILES, rates, strict=True)}
+        rates = quantiles(f"{kind}_tokens_per_s", cfg.batch_size * tokens / np.array(times))
+        line |= {name: f"{rate:.1f}" for name, rate in rates.items()}
     line["decode_ms_p50"] = f"{np.median(decode) / cfg.decode_tokens * 1e3:.3f}"
     return line
 
@@ -309,24 +288,16 @@ def main(cfg: DictConfig) -> None:
     with tqdm(total=len(rows) * (cfg.warmup + cfg.turns), desc="Timing") as progress:
         for context in cfg.contexts:
             lines += measure(cfg, {row: peak for row, peak in peak_mib.items() if row.context == context}, progress)
-    device = (
-        torch.cuda.get_device_name() if cfg.device.startswith("cuda") else platform.processor() or platform.machine()
-    )
-    where = f"{date.today()}; {device}, {cfg.num_threads} threads"
-    packages = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchtune", "torchao"))
+    where = surroundings(torch.device(cfg.device))
+    header = [f"{name}: {value}" for name, value in where.items()]
+    header += [
+        f"{cfg.dtype}, batch {cfg.batch_size}, chunk {cfg.chunk_size}, {cfg.turns} turns, "
+        f"{'compiled' if cfg.compile else 'eager'} steps; prefill of {cfg.prefill_tokens} tokens",
+        f"left out, their caches being above {cfg.cache_budget_mib} MiB: {', '.join(left_out) or 'none'}",
+    ]
     output = Path(cfg.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "bench_decode.csv").open("w", newline="") as file:
-        file.write(f"# {where}; Python {platform.python_version()}, {packages}\n# python {' '.join(sys.argv)}\n")
-        file.write(f"# {cfg.dtype}, batch {cfg.batch_size}, chunk {cfg.chunk_size}, {cfg.turns} turns, ")
-        file.write(f"{'compiled' if cfg.compile else 'eager'} steps; prefill of {cfg.prefill_tokens} tokens\n")
-        file.write(
-            f"# left out, their caches being above {cfg.cache_budget_mib} MiB: {', '.join(left_out) or 'none'}\n"
-        )
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
-    draw(lines, output / "bench_decode.png", where)
+    write_csv(output / "bench_decode.csv", FIELDS, header, lines)
+    draw(lines, output / "bench_decode.png", f"{where['date']}; {where['device']}")
     print((output / "bench_decode.csv").read_text())
 
 

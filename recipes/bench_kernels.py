@@ -15,30 +15,27 @@ import gc
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from kernel_providers import OPS, Built, Candidate, Forward, Inputs, candidates
-from kernel_reports import Missing, Result, Row, rows_of, surroundings, table, write
+from kernel_reports import Result, Row, rows_of, table, write
 from kernel_rooflines import Rates, Sizes
+from measuring import MIB, Missing, attempt, matrix_product, surroundings
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import config, training
 from torchtune.utils import get_device
 from tqdm import tqdm
 
-PACKAGES = {"fla": "fla-core==0.6.0", "flash_pytorch": "FLASH-pytorch==0.1.9"}
-MIB = 2**20
 # Written before every run on a GPU, so that nobody finds its inputs in the cache: several times the largest L2.
 _CACHE_BYTES = 256 * MIB
 
-T = TypeVar("T")
 Backward = Callable[[Tensor], object]
 
 
@@ -137,22 +134,6 @@ def _allocated(run: Callable[[], Any]) -> tuple[Any, int, int]:
     return result, int(held.max()), int(held[-1])
 
 
-def attempt(candidate: Candidate, what: Callable[[], T]) -> T | Missing:
-    """Result of ``what``, or why there is none."""
-    result: T | Missing
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            result = what()
-        except Exception as error:
-            # Whatever it is, it must not cost the others their turn; every output reports it.
-            result = Missing(candidate, _why(error, [str(warning.message) for warning in caught]))
-    if not isinstance(result, Missing):
-        for warning in caught:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return result
-
-
 def prepare(candidate: Candidate, built: Built, inputs: Inputs) -> Contender:
     """Run a candidate twice, the second time to measure its memory."""
     forward, wanted = built
@@ -167,23 +148,12 @@ def prepare(candidate: Candidate, built: Built, inputs: Inputs) -> Contender:
     return contender
 
 
-def _why(error: Exception, said: list[str]) -> str:
-    """One line. SDPA says in warnings why it has no kernel."""
-    if isinstance(error, ImportError):
-        package = PACKAGES.get((error.name or "").partition(".")[0])
-        said = [f"pip install {package}"] if package else []
-    kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{'; '.join(dict.fromkeys([str(error), *said]))}".split())
-
-
 def roofs(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> tuple[list[Callable[[], object]], Rates]:
     """A large matrix product and a large copy, and the FLOPs of the one and the bytes of the other."""
-    size = cfg.matmul_size
-    a, b, product = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    product, flops = matrix_product(cfg.matmul_size, device, dtype)
     source = torch.ones(cfg.copy_mib * MIB, device=device, dtype=torch.int8)
     target = torch.empty_like(source)
-    amounts = Rates(2.0 * size**3, 2.0 * source.numel())
-    return [lambda: torch.mm(a, b, out=product), lambda: target.copy_(source)], amounts
+    return [product, lambda: target.copy_(source)], Rates(flops, 2.0 * source.numel())
 
 
 def race(

@@ -9,20 +9,15 @@ layer takes beyond them is attention, activations, norm and residual.
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
-import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import QUANTILES, keep_memory, memory_mib, quantiles, surroundings, write_csv
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config
@@ -30,11 +25,8 @@ from tqdm import tqdm
 
 import flash_plugin
 
-QUANTILES = (0.2, 0.5, 0.8)
-# By default glibc hands every block above 32 MiB back to the kernel when it is freed; a long sequence then pays for
-# fresh pages at every step, whatever computes it.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-FIELDS = ["contender", "seq_len", "ms_p20", "ms_p50", "ms_p80", "ratio_p20", "ratio_p50", "ratio_p80", "peak_mib"]
+FIELDS = ["contender", "seq_len", *(f"{what}_{name}" for what in ("ms", "ratio") for name in QUANTILES), "peak_mib"]
+CPU = torch.device("cpu")
 
 
 class Projections(nn.Module):
@@ -93,16 +85,9 @@ def peak_memory(cfg: DictConfig, name: str, seq_len: int) -> float:
     step(module, x[:, : min(seq_len, 64)].detach().requires_grad_())()  # loads what the first call loads
     if isinstance(module, Projections):
         module.values = None
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    before = _peak_resident_mib()
+    before = memory_mib(CPU, restart=True)
     step(module, x)()
-    return _peak_resident_mib() - before
-
-
-def _peak_resident_mib() -> float:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+    return memory_mib(CPU) - before
 
 
 def measure(cfg: DictConfig, seq_len: int, progress: tqdm) -> list[dict[str, object]]:
@@ -121,35 +106,30 @@ def measure(cfg: DictConfig, seq_len: int, progress: tqdm) -> list[dict[str, obj
     floor = np.array(seconds["projections"])
     rows: list[dict[str, object]] = []
     for name, times in seconds.items():
-        milliseconds, ratios = np.quantile(times, QUANTILES) * 1e3, np.quantile(np.array(times) / floor, QUANTILES)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(peak_memory, (cfg, name, seq_len))
-        numbers = [*(f"{m:.1f}" for m in milliseconds), *(f"{r:.2f}" for r in ratios), f"{peak:.0f}"]
-        rows.append(dict(zip(FIELDS, [name, seq_len, *numbers], strict=True)))
+        milliseconds = {key: f"{value:.1f}" for key, value in quantiles("ms", np.array(times) * 1e3).items()}
+        ratios = {key: f"{value:.2f}" for key, value in quantiles("ratio", np.array(times) / floor).items()}
+        rows.append({"contender": name, "seq_len": seq_len, **milliseconds, **ratios, "peak_mib": f"{peak:.0f}"})
     return rows
 
 
 @config.parse
 def main(cfg: DictConfig) -> None:
     """Entry point."""
-    if cfg.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        # glibc reads these when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    if cfg.keep_memory:
+        keep_memory()
     torch.set_num_threads(cfg.num_threads)
     with tqdm(total=len(cfg.seq_lens) * (cfg.warmup + cfg.turns), desc="Timing") as progress:
         rows = [row for seq_len in cfg.seq_lens for row in measure(cfg, seq_len, progress)]
-    packages = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchtune", "numpy"))
+    header = [f"{name}: {value}" for name, value in surroundings(CPU).items()]
+    header += [
+        f"float32, batch {cfg.batch_size}, d {cfg.embed_dim}, chunk {cfg.chunk_size}, {cfg.turns} turns, "
+        f"{'freed memory kept (MALLOC_*)' if cfg.keep_memory else 'default malloc'}; "
+        "forward and backward; ratios are to the projections of the same turn"
+    ]
     output = Path(cfg.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
-        file.write(f"# {date.today()}; {platform.processor() or platform.machine()}, {cfg.num_threads} threads; ")
-        file.write(f"Python {platform.python_version()}, {packages}\n# python {' '.join(sys.argv)}\n")
-        file.write(f"# float32, batch {cfg.batch_size}, d {cfg.embed_dim}, chunk {cfg.chunk_size}, {cfg.turns} turns, ")
-        file.write(f"{'freed memory kept (MALLOC_*)' if cfg.keep_memory else 'default malloc'}; ")
-        file.write("forward and backward; ratios are to the projections of the same turn\n")
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output, FIELDS, header, rows)
     print(output.read_text())
 
 

@@ -1,32 +1,21 @@
-"""How ``bench_kernels.py`` reports: rows, where it ran, a CSV and a JSON file, pictures, a table for the screen."""
+"""How ``bench_kernels.py`` reports: rows, a CSV and a JSON file, pictures, a table for the screen."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import platform
-import re
-import subprocess
-import sys
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import torch
 from kernel_providers import OPS, OUT_PASS, RIVAL_OP, Candidate
 from kernel_rooflines import Costs, Rates, Sizes, floor_seconds
-
-import flash_plugin
+from measuring import QUANTILES, Missing, quantiles, write_csv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DIRECTIONS = ("forward", "backward", "both")
-QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 FIELDS = [
     *("op", "provider", "direction", "seq_len", "batch_size"),
     *(f"ms_{name}" for name in QUANTILES),
@@ -41,9 +30,6 @@ NOTES = (
     "speedup: time of the fastest rival over this one's, turn by turn",
     "cores of FLASH-pytorch add their T5 bias, without its gradient; nobody rotates queries and keys",
 )
-_PACKAGES = ("torch", "triton", "torchtune", "numpy", "FLASH-pytorch", "fla-core")
-# They change what "ours, triton" runs.
-_VARIABLES = ("FLASH_PLUGIN_AUTOTUNE", "TRITON_INTERPRET")
 # What an op would replace: drawn grey behind it.
 _BEHIND = {**dict.fromkeys(OPS[:3], "softmax_attention"), **RIVAL_OP}
 
@@ -56,13 +42,6 @@ class Result(NamedTuple):
     candidate: Candidate
     times: dict[str, np.ndarray]
     peak_mib: dict[str, float]
-
-
-class Missing(NamedTuple):
-    """A candidate that did not run, and why, in one line."""
-
-    candidate: Candidate
-    reason: str
 
 
 def rows_of(results: list[Result], missing: list[Missing], rates: Rates, sizes: Sizes) -> list[Row]:
@@ -82,7 +61,7 @@ def rows_of(results: list[Result], missing: list[Missing], rates: Rates, sizes: 
 
 
 def _measured(result: Result, direction: str, rates: Rates) -> Row:
-    milliseconds = _quantiles("ms", result.times[direction])
+    milliseconds = quantiles("ms", result.times[direction])
     floor, bound = _floor(result.candidate.costs, direction, rates)
     share = {"floor_ms": floor, "bound": bound, "roofline": floor / milliseconds["ms_p50"]}
     return milliseconds | {"peak_mib": result.peak_mib[direction]} | share
@@ -95,7 +74,7 @@ def _compared(result: Result, direction: str, results: list[Result]) -> Row:
     if not rivals or result.candidate.provider == OUT_PASS:
         return {}
     rival = min(rivals, key=lambda other: np.median(other.times[direction]))
-    return {"rival": rival.candidate.provider} | _quantiles("speedup", rival.times[direction] / result.times[direction])
+    return {"rival": rival.candidate.provider} | quantiles("speedup", rival.times[direction] / result.times[direction])
 
 
 def _floor(costs: Costs, direction: str, rates: Rates) -> tuple[float, str]:
@@ -103,49 +82,6 @@ def _floor(costs: Costs, direction: str, rates: Rates) -> tuple[float, str]:
     parts = {"forward": [costs.forward], "backward": [costs.backward], "both": list(costs)}[direction]
     floors = [floor_seconds(work, rates) for work in parts]
     return sum(seconds for seconds, _ in floors) * 1e3, "+".join(dict.fromkeys(bound for _, bound in floors))
-
-
-def _quantiles(name: str, values: np.ndarray) -> dict[str, float]:
-    return {f"{name}_{key}": float(np.quantile(values, level)) for key, level in QUANTILES.items()}
-
-
-def surroundings(device: torch.device) -> dict[str, str]:
-    """Device, driver, versions, date and command."""
-    on_gpu = device.type == "cuda"
-    return {
-        "date": str(date.today()),
-        "device": torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"{_processor()}, {torch.get_num_threads()} threads",
-        "driver": _driver() if on_gpu else "none",
-        "cuda": torch.version.cuda or "none",
-        "python": platform.python_version(),
-        "flash_plugin": flash_plugin.__version__,
-        **{name: _version(name) for name in _PACKAGES},
-        **{name: os.environ.get(name, "unset") for name in _VARIABLES},
-        "command": f"python {' '.join(sys.argv)}",
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({error})"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", information.read_text()) if information.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def write(folder: Path, where: dict[str, str], settings: dict[str, Any], roofs: list[Row], rows: list[Row]) -> None:
@@ -156,11 +92,7 @@ def write(folder: Path, where: dict[str, str], settings: dict[str, Any], roofs: 
     rates = [f"s {r['seq_len']}: {r['matmul_tflops']:.4g} TFLOP/s, copy {r['copy_gbytes']:.4g} GB/s" for r in roofs]
     header = [f"{name}: {value}" for name, value in where.items()]
     header += [f"settings: {json.dumps(settings)}", *rates, *NOTES]
-    with (folder / "bench_kernels.csv").open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in header)
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows({n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()} for row in rows)
+    write_csv(folder / "bench_kernels.csv", FIELDS, header, rows)
     if all(row["missing"] for row in rows):
         return  # nobody ran: nothing to draw
     for direction in DIRECTIONS:
