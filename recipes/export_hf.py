@@ -25,6 +25,8 @@ from flash_plugin.components.tokenizers import TiktokenTokenizer
 from flash_plugin.hugging_face import FlashConfig, FlashForCausalLM, FlashTokenizer
 from flash_plugin.hugging_face.tokenization import VOCABULARY_FILE
 
+TOKENIZER_FILES = (VOCABULARY_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
 NODES_FILE = "torchtune.yaml"
 
 
@@ -70,6 +72,8 @@ def export_hf(
     check_fit(weights, exported.model.state_dict(), source="of checkpointer", model=str(model["_component_"]))
     exported.model.load_state_dict(dict(weights), assign=True)
     exported.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)  # an earlier export's
     nodes: dict[str, Any] = {"folder": str(folder), "model": configuration.node()}
     if tokenizer is not None:
         written = FlashTokenizer.from_flash(tokenizer, folder, model_max_length=configuration.max_seq_len)

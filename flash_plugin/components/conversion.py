@@ -273,10 +273,15 @@ def _is_constant(found: Tensor, computed: Tensor) -> bool:
 
 def _check_config(layout: Format, read: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Refuse a configuration that is not of these weights, or of a model that is not to be had here."""
+    width = read.get("dim", read.get("hidden_size"))
     wrong = [
         f"{key} is {config[key]!r} and must be {value!r}"
         for key, value in read.items()
-        if key in config and key not in _NOT_COMPARED and config[key] != value
+        if key in config
+        and key not in _NOT_COMPARED
+        and config[key] != value
+        # Others round the factor times the width down, so that several factors are one model.
+        and not (key == "expansion_factor" and width and int(config[key] * width) == int(value * width))
     ]
     if wrong:
         raise ValueError(

@@ -184,6 +184,7 @@ class FlashPytorch(_FlashLayout):
             "query_key_dim": arguments["qk_dim"],
             "expansion_factor": _expansion_factor(arguments),
             "norm_type": arguments["norm"],
+            "reduce_group_non_causal_attn": True,
             **{name: value for name, value in self.written_options(arguments).items() if name != "max_seq_len"},
         }
 

@@ -89,6 +89,7 @@ def gau_alpha(
         expansion=expansion,
         qk_dim=qk_dim,
         activation="softmax_plus",
+        position_bias="none",
         norm="plain_rmsnorm",
         norm_eps=norm_eps,
         causal=False,

@@ -51,7 +51,11 @@ class FlashConfig(PretrainedConfig):
         signature = inspect.signature(_FAMILIES[family])
         for alias, name in self.attribute_map.items():
             if alias in options:
-                options.setdefault(name, options.pop(alias))
+                value = options.pop(alias)
+                if options.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"{alias} ({value!r}) must be {name} ({options[name]!r}), whose other name it is; give one"
+                    )
         given = {name: options.pop(name) for name in signature.parameters if name in options}
         _check_spelling(options, family, list(signature.parameters))
         try:
@@ -82,7 +86,7 @@ class FlashConfig(PretrainedConfig):
         """
         arguments = dict(node)
         name = str(arguments.pop("_component_", None))
-        builders = {**_FAMILIES, **{key: value for key, value in SIZED_BUILDERS.items() if not key.startswith("lora")}}
+        builders = {**_FAMILIES, **{key: value for key, value in SIZED_BUILDERS.items() if key.startswith("flash_")}}
         component = _get_component_from_path(name) if "." in name else None
         found = [key for key, builder in builders.items() if builder is component]
         if not found:

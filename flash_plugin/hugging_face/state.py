@@ -67,7 +67,7 @@ class FlashState:
         """Put the caches into the model, with room for ``new_tokens`` more, and take them out again.
 
         Raises:
-            ValueError: If caches that grow would exceed ``max_seq_len``.
+            ValueError: If the model's ``max_seq_len`` would be exceeded.
         """
         self._make_room(decoder, self._tokens + new_tokens)
         for layer, cache in zip(decoder.layers, self._caches, strict=True):
@@ -81,13 +81,18 @@ class FlashState:
             decoder.decoder_max_cache_seq_len = None
 
     def _make_room(self, decoder: FlashDecoder, tokens: int) -> None:
-        if not self._grows or tokens <= self._capacity:
+        if tokens > decoder.max_seq_len and not self._grows and not decoder.unlimited_decoding:
+            # Padding has no positions of its own. Reading them waits for the device, but no earlier than here.
+            tokens = int(self.next_position().max()) + tokens - self._tokens
+        elif not self._grows or tokens <= self._capacity:
             return
         if tokens > decoder.max_seq_len:
             raise ValueError(
                 f"the prompt and what follows it ({tokens} tokens a row, padding included) must not exceed max_seq_len "
                 f"({decoder.max_seq_len}); ask for fewer tokens (max_new_tokens), or shorten the prompts"
             )
+        if not self._grows:
+            return
         while self._capacity < tokens:
             self._capacity = min(2 * self._capacity, decoder.max_seq_len)
         larger = self._make(decoder)

@@ -66,7 +66,8 @@ def sum_over_keys(k: Tensor, v: Tensor, *, real: Tensor) -> Tensor:
     Returns:
         ``[b, z, e]`` in float32 (float64 for float64).
     """
-    return (k.masked_fill(~real[..., None], 0.0).mT @ v).to(state_dtype(v.dtype))
+    dtype = state_dtype(v.dtype)  # before the product: a sum in float16 overflows
+    return k.masked_fill(~real[..., None], 0.0).to(dtype).mT @ v.to(dtype)
 
 
 @like_matrix_products

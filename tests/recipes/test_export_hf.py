@@ -87,9 +87,11 @@ def test_a_folder_of_its_own_is_written_again_without_a_tokenizer(tmp_path: Path
     ("arguments", "words"),
     [
         (dict(model={**NODE, "vocab_size": 258}), r"tokenizer \(vocab_size 259\) must not have more tokens .* 258"),
-        (dict(model={**NODE, "num_layers": 1}), r"must fit the model .*\(7 unexpected"),
+        (dict(model={**NODE, "num_layers": 1}), r"must fit the model .*\(8 unexpected"),
         (dict(model={**NODE, "causal": False}), r"causal \(False\) must be True"),
         (dict(model={**NODE, "chunksize": 8}), r"chunksize \(8\) is not an argument .* did you mean chunk_size"),
+        (dict(model={"_component_": "flash_plugin.mlm_flash_debug"}), r"model._component_ \(flash_plugin.mlm_flash"),
+        (dict(model={"_component_": "flash_plugin.mlm_flash_quad_debug"}), r"model._component_ \(flash_plugin.mlm"),
         (dict(model={"_component_": "torchtune.models.llama3_2.llama3_2_1b"}), r"model._component_ \(torchtune"),
         (dict(model={}), r"model._component_ \(None\) must be flash_plugin.flash"),
         (dict(tokeniser=None), r"tokeniser \(None\) is not an argument of export_hf; did you mean tokenizer"),
