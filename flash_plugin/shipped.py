@@ -32,10 +32,10 @@ def home() -> Path:
 
 
 def names() -> list[str]:
-    """Every config, such as ``configs/flash_debug.yaml``, and every recipe."""
+    """Every config, such as ``configs/flash_debug.yaml``, and every recipe, but those of the repository's README."""
     configs, recipes = sorted((home() / "configs").glob("*.yaml")), sorted((home() / "recipes").glob("*.py"))
     scripts = [path for path in recipes if "__main__" in path.read_text()]  # others are parts of them
-    return [f"{path.parent.name}/{path.name}" for path in [*configs, *scripts]]
+    return [f"{path.parent.name}/{path.name}" for path in [*configs, *scripts] if path.stem != "figures"]
 
 
 def described(name: str) -> tuple[str, str]:

@@ -50,7 +50,12 @@ def contenders(cfg: DictConfig, seq_len: int) -> dict[str, nn.Module]:
     """Build them; the floor comes first."""
     torch.manual_seed(0)
     model = flash_plugin.flash(
-        vocab_size=8, num_layers=1, embed_dim=cfg.embed_dim, max_seq_len=seq_len, chunk_size=cfg.chunk_size
+        vocab_size=8,
+        num_layers=1,
+        embed_dim=cfg.embed_dim,
+        max_seq_len=seq_len,
+        chunk_size=cfg.chunk_size,
+        position_bias=cfg.position_bias,
     )
     built: dict[str, nn.Module] = {"projections": Projections(model.layers[0]), "flash": model.layers[0]}
     try:

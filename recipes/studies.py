@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +42,7 @@ def beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}.{suffix}")
 
 
-def run(recipe: str, cfg: Mapping[str, Any], *, log: Path | None = None) -> Path:
+def run(recipe: str, cfg: Mapping[str, Any], *, log: Path | None = None, num_threads: int | None = None) -> Path:
     """Write a config beside its `output_dir`, let the stock recipe run it, and return the folder with the weights.
 
     Components of the studies' own may stand in it, since this folder is on the run's path.
@@ -59,13 +55,14 @@ def run(recipe: str, cfg: Mapping[str, Any], *, log: Path | None = None) -> Path
     command = [str(Path(sys.executable).parent / "tune"), "run", recipe, "--config", str(written)]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     logger.info(" ".join(["tune", *command[1:]]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     if log is None:
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+        subprocess.run(command, check=True, env=environment)
         return folder / f"epoch_{cfg['epochs'] - 1}"
     with log.open("w") as file:
-        done = subprocess.run(
-            command, check=False, env={**os.environ, "PYTHONPATH": path}, stdout=file, stderr=subprocess.STDOUT
-        )
+        done = subprocess.run(command, check=False, env=environment, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n{log.read_text()[-3000:]}")
     return folder / f"epoch_{cfg['epochs'] - 1}"
@@ -89,7 +86,8 @@ def held_out(tokenizer: Any, source: str, seq_lens: Iterable[int], count: int) -
     cut: list[tuple[int, Tensor]] = []
     for text in texts:
         tokens = torch.tensor(tokenizer.encode(text, add_bos=False, add_eos=False))
-        cut += enumerate(tokens[: len(tokens) // longest * longest].split(longest))
+        starts = range(0, len(tokens) - longest + 1, longest)
+        cut += [(place, tokens[start : start + longest]) for place, start in enumerate(starts)]
     windows = [window for _, window in sorted(cut, key=lambda one: one[0])][:count]
     if not windows:
         raise ValueError(
@@ -100,22 +98,13 @@ def held_out(tokenizer: Any, source: str, seq_lens: Iterable[int], count: int) -
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, windows: Tensor, seq_len: int, tokenizer: Any) -> float:
-    """Mean loss on the second half of each stretch of `seq_len` tokens, whose context is at least half of that."""
+    """Mean loss on the second half of each stretch of `seq_len` tokens, whose context is at least half of that.
+
+    So other lengths score other tokens: compare models at one length, not lengths.
+    """
     total, count = 0.0, 0
     for stretch in windows.unfold(1, seq_len, seq_len).flatten(0, 1):
         logits, half = model(stretch[None])[0], seq_len // 2
         total += F.cross_entropy(logits[half:-1], stretch[half + 1 :], reduction="sum").item()
         count += len(tokenizer.encoding.decode_bytes(stretch[half + 1 :].tolist()))
     return total / count / math.log(2)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]], num_threads: int) -> None:
-    """Write rows below a line with date, processor, versions and command."""
-    with path.open("w", newline="") as file:
-        file.write(f"# {date.today()} {platform.processor() or platform.machine()}, {num_threads} threads, ")
-        packages = ("torch", "torchtune", "torchao")
-        file.write(", ".join(f"{name} {version(name)}" for name in packages) + "; ")
-        file.write(" ".join(["python", *sys.argv]) + "\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,11 +1,8 @@
-"""Models that no one would train but to learn what a part of FLASH is worth; the study's configs name them.
-
-They are :func:`flash_plugin.flash` with ``relu2`` and without a position bias, so that queries of zero have scores, and
-attention weights, of zero.
-"""
+"""A model that no one would train but to learn what a part of FLASH is worth; the study's config names it."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,28 +10,31 @@ from torch import Tensor, nn
 
 from flash_plugin import FlashDecoder, flash
 
-
-def flash_local_only(**arguments: Any) -> FlashDecoder:
-    """FLASH without its global part: attention inside chunks."""
-    return _without(2, arguments)
+# Which of the four queries and keys is zero without the part; the scores are then zero too.
+_QUERIES = {"local": 0, "global": 2}
 
 
-def flash_global_only(**arguments: Any) -> FlashDecoder:
-    """FLASH without its local part: each token sees the chunks before its own."""
-    return _without(0, arguments)
+def flash_without(part: str, **arguments: Any) -> FlashDecoder:
+    """FLASH without the attention inside chunks (``local``), or without that across chunks (``global``).
 
-
-def _without(queries: int, arguments: dict[str, Any]) -> FlashDecoder:
-    """FLASH with zeros for the local (0) or the global (2) queries, wherever they are read."""
+    Raises:
+        ValueError: If the part is neither, or a local score of zero has a weight.
+    """
+    if part not in _QUERIES:
+        raise ValueError(f"part ({part!r}) must be one of {', '.join(_QUERIES)}; set model.part to one of them")
+    for name, needed in (("activation", "relu2"), ("position_bias", "none")):
+        given = arguments.get(name, inspect.signature(flash).parameters[name].default)
+        if part == "local" and given != needed:
+            raise ValueError(
+                f"{name} ({given!r}) must be {needed!r} without the local part, whose weights it would still "
+                f"make; set model.{name}={needed}"
+            )
 
     def silenced(_mixer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         projections: tuple[Tensor, ...] = inputs[0]
-        changed = [torch.zeros_like(one) if index == queries else one for index, one in enumerate(projections)]
-        return (tuple(changed), *inputs[1:])
+        silent = [torch.zeros_like(one) if i == _QUERIES[part] else one for i, one in enumerate(projections)]
+        return (tuple(silent), *inputs[1:])
 
-    for name, needed in (("activation", "relu2"), ("position_bias", "none")):
-        if arguments.get(name, needed) != needed:
-            raise ValueError(f"{name} ({arguments[name]!r}) must be {needed!r} in a model without a part; leave it out")
     model = flash(**arguments)
     for layer in model.layers:
         layer.attn.mixer.register_forward_pre_hook(silenced)

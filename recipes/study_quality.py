@@ -3,9 +3,9 @@
     python recipes/study_quality.py --config configs/study_quality.yaml
 
 Every model is trained from scratch by torchtune's stock recipe on the same tokens, with the learning rate of a small
-grid that does best for it, and then again with other seeds (of the weights and of the order of the data). Held-out bits
-per byte are measured at the training length and beyond it. Runs that are in `output_dir` already, with the same config,
-are not repeated, so that an interrupted study goes on.
+grid that does best for it, and then again with other seeds of the weights (the recipe orders samples in one way).
+Held-out bits per byte are measured at the training length and beyond it. Runs that are in `output_dir` already, with
+the same config, are not repeated, so that an interrupted study goes on.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import torch
+from measuring import surroundings, write_csv
 from omegaconf import DictConfig, OmegaConf
-from studies import beside, bits_per_byte, checkpointer, held_out, load, run, write_csv
+from studies import beside, bits_per_byte, checkpointer, held_out, load, run
 from torchtune import config
 from torchtune.utils import get_logger
 from tqdm import tqdm
+from train_tokenizer import train_tokenizer
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,9 +52,9 @@ class Run(NamedTuple):
 
 
 def model_node(cfg: DictConfig, text: str, model: str) -> dict[str, Any]:
-    """The node of a model; one without `_component_` is `flash` but for what it names."""
+    """The node of a model; one that is not whole is `flash` but for what it names."""
     node: Any = OmegaConf.to_container(cfg.models[model])
-    if "_component_" not in node:
+    if "num_layers" not in node:
         node = {**OmegaConf.to_container(cfg.models.flash), **node}
     return {**node, "vocab_size": cfg.texts[text].vocab_size}
 
@@ -63,10 +62,12 @@ def model_node(cfg: DictConfig, text: str, model: str) -> dict[str, Any]:
 def recipe_config(cfg: DictConfig, job: Run, folder: Path) -> dict[str, Any]:
     """What the stock recipe reads."""
     node, common = model_node(cfg, job.text, job.model), OmegaConf.to_container(cfg.common)
+    tokenizer = OmegaConf.to_container(cfg.texts[job.text].tokenizer, resolve=True)
     assert isinstance(common, dict)
+    assert isinstance(tokenizer, dict)
     return {
         **common,
-        "tokenizer": {**OmegaConf.to_container(cfg.texts[job.text].tokenizer), "max_seq_len": cfg.train_length},
+        "tokenizer": {**tokenizer, "max_seq_len": cfg.train_length},
         "model": node,
         "checkpointer": checkpointer(node, folder, None, job.seed),
         "optimizer": {**common["optimizer"], "lr": job.lr},
@@ -88,7 +89,7 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = beside(folder, "log")
     try:
-        weights = run(RECIPE, wanted, log=log)
+        weights = run(RECIPE, wanted, log=log, num_threads=1)
     except RuntimeError:
         if NOT_FINITE not in log.read_text():
             raise
@@ -99,24 +100,20 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
         windows = held_out(tokenizer, cfg.common.dataset.source, cfg.seq_lens, cfg.windows)
         bits = {length: bits_per_byte(model, windows, length, tokenizer) for length in cfg.seq_lens}
         logger.info(f"{job.name}: " + ", ".join(f"{value:.4f} at {length}" for length, value in bits.items()))
-    found.write_text(json.dumps({"config": wanted, "measured": measured, "bits_per_byte": bits}, indent=1))
+    aside = beside(folder, "part")
+    aside.write_text(json.dumps({"config": wanted, "measured": measured, "bits_per_byte": bits}, indent=1))
+    aside.replace(found)
     shutil.rmtree(folder)  # weights; config, log and result stay beside it
     return bits
 
 
 def train_tokenizers(cfg: DictConfig) -> None:
-    """Train the vocabularies that are not there yet."""
-    for text in cfg.texts.values():
-        if "train_tokenizer" not in text or Path(text.tokenizer.path_or_name).exists():
-            continue
-        here, wanted = Path(__file__).parent, {**text.train_tokenizer, "output_file": text.tokenizer.path_or_name}
-        command = [sys.executable, str(here / "train_tokenizer.py")]
-        command += ["--config", str(here.parent / "configs/train_tokenizer.yaml")]
-        command += [
-            f"documents.source={cfg.common.dataset.source}",
-            *(f"{key}={value}" for key, value in wanted.items()),
-        ]
-        subprocess.run(command, check=True)
+    """Train the vocabularies that a study reads and that are not there yet."""
+    for name in {group.text for group in cfg.studies.values()}:
+        text = cfg.texts[name]
+        if "train_tokenizer" in text and not Path(text.tokenizer.path_or_name).exists():
+            documents = {"source": cfg.common.dataset.source}
+            train_tokenizer(documents=documents, output_file=text.tokenizer.path_or_name, **text.train_tokenizer)
 
 
 def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
@@ -140,31 +137,42 @@ def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
     return counts
 
 
+def all_runs(cfg: DictConfig, text: str, model: str) -> dict[Run, dict[int, float]]:
+    """Find a model's learning rate, and train with it from the other seeds.
+
+    First come the two rates in the middle of the grid, then those towards the better end until it gets worse.
+    """
+    found: dict[Run, dict[int, float]] = {}
+
+    def train(index: int, seed: int) -> float:
+        run = Run(text, model, cfg.lrs[index], seed)
+        found[run] = train_and_measure(cfg, run)
+        bits = found[run][cfg.train_length]
+        return math.inf if math.isnan(bits) else bits
+
+    first, *others = cfg.seeds
+    middle = (len(cfg.lrs) - 1) // 2
+    losses = {index: train(index, first) for index in range(middle, min(middle + 2, len(cfg.lrs)))}
+    while True:
+        best = min(losses, key=lambda index: losses[index])
+        beyond = best - 1 if best == min(losses) else best + 1
+        if beyond in losses or not 0 <= beyond < len(cfg.lrs):
+            break
+        losses[beyond] = train(beyond, first)
+    for seed in others:
+        train(best, seed)
+    return found
+
+
 def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-    """Train all models: first with every learning rate, then those of the best with the other seeds."""
-    others = {
-        (group.text, model, seed)
-        for group in cfg.studies.values()
-        for model in group.models
-        for seed in group.get("seeds", cfg.seeds)[1:]
+    """Train all models."""
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        of_models = pool.map(lambda pair: all_runs(cfg, *pair), counts)
+        runs = dict(zip(counts, tqdm(of_models, total=len(counts), desc="Models"), strict=True))
+    best = {
+        pair: min((run for run in found if run.seed == cfg.seeds[0]), key=lambda run: found[run][cfg.train_length]).lr
+        for pair, found in runs.items()
     }
-    first, best = cfg.seeds[0], {}
-    with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(counts) * len(cfg.lrs) + len(others), desc="Runs") as bar:
-
-        def all_of(jobs: Iterable[Run]) -> dict[Run, dict[int, float]]:
-            def one(job: Run) -> tuple[Run, dict[int, float]]:
-                bits = train_and_measure(cfg, job)
-                bar.update()
-                return job, bits
-
-            return dict(pool.map(one, jobs))
-
-        grid = all_of(Run(*pair, lr, first) for pair in counts for lr in cfg.lrs)
-        for job, bits in grid.items():
-            pair = job.text, job.model
-            if pair not in best or bits[cfg.train_length] < grid[Run(*pair, best[pair], first)][cfg.train_length]:
-                best[pair] = job.lr
-        again = all_of(Run(text, model, best[text, model], seed) for text, model, seed in sorted(others))
     return [
         {
             "text": job.text,
@@ -174,19 +182,18 @@ def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[st
             "chosen": job.lr == best[job.text, job.model],
             "seed": job.seed,
             "seq_len": length,
-            "bits_per_byte": round(value, 4),
+            "bits_per_byte": f"{value:.4f}",
         }
-        for job, bits in sorted({**grid, **again}.items())
+        for found in runs.values()
+        for job, bits in sorted(found.items())
         for length, value in bits.items()
     ]
 
 
 def over_seeds(rows: list[dict[str, Any]], text: str, model: str, seq_len: int) -> list[float]:
     """Bits per byte of all seeds, at the best learning rate."""
-    wanted = (text, model, seq_len, True)
-    return [
-        row["bits_per_byte"] for row in rows if (row["text"], row["model"], row["seq_len"], row["chosen"]) == wanted
-    ]
+    chosen = [row for row in rows if (row["text"], row["model"], row["chosen"]) == (text, model, True)]
+    return [float(row["bits_per_byte"]) for row in chosen if row["seq_len"] == seq_len]
 
 
 def tables(cfg: DictConfig, rows: list[dict[str, Any]]) -> str:
@@ -253,7 +260,8 @@ def main(cfg: DictConfig) -> None:
     train_tokenizers(cfg)
     counts = parameters(cfg)
     rows = rows_of(cfg, counts)
-    write_csv(output_dir / "study_quality.csv", rows, 1)
+    header = [f"{name}: {value}" for name, value in surroundings(torch.device(cfg.common.device)).items()]
+    write_csv(output_dir / "study_quality.csv", list(rows[0]), header, rows)
     (output_dir / "study_quality.md").write_text(tables(cfg, rows) + "\n")
     draw(cfg, rows, output_dir / "study_quality.png")
     print(tables(cfg, rows))

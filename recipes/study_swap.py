@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import surroundings, write_csv
 from omegaconf import DictConfig, OmegaConf
-from studies import bits_per_byte, checkpointer, held_out, load, run, write_csv
+from studies import bits_per_byte, checkpointer, held_out, load, run
 from torch import nn
 from torchtune import config
 from tqdm import tqdm
@@ -99,7 +100,7 @@ def measure(cfg: DictConfig, stage: str, swap: str, node: dict[str, Any], weight
     for seq_len in tqdm(cfg.seq_lens, desc=f"{stage} {swap}".strip()):
         rates = np.quantile(speed(model, seq_len, cfg), (0.2, 0.5, 0.8))
         loss = bits_per_byte(model, windows, seq_len, tokenizer)
-        rows.append(dict(zip(FIELDS, (stage, swap, seq_len, round(loss, 4), *(round(r) for r in rates)), strict=True)))
+        rows.append(dict(zip(FIELDS, (stage, swap, seq_len, f"{loss:.4f}", *(round(r) for r in rates)), strict=True)))
     return rows
 
 
@@ -109,7 +110,7 @@ def table(cfg: DictConfig, rows: list[dict[str, Any]]) -> str:
     lines.append("|---|" + "---|" * len(cfg.seq_lens))
     for name in dict.fromkeys((row["stage"], row["swap"]) for row in rows):
         own = [row for row in rows if (row["stage"], row["swap"]) == name]
-        cells = [f"{row['bits_per_byte']:.3f} ({row['tokens_per_s_p50'] / 1000:.1f} k/s)" for row in own]
+        cells = [f"{float(row['bits_per_byte']):.3f} ({row['tokens_per_s_p50'] / 1000:.1f} k/s)" for row in own]
         lines.append(f"| {' '.join(part for part in name[::-1] if part)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -134,7 +135,8 @@ def main(cfg: DictConfig) -> None:
             weights = trained(cfg, stage)
             kind = "after distillation" if stage.name.endswith("_kd") else "after LoRA"
             rows += measure(cfg, kind, swap, swapped(cfg, choices), weights)
-    write_csv(output_dir / "study_swap.csv", rows, cfg.num_threads)
+    header = [f"{name}: {value}" for name, value in surroundings(torch.device(cfg.common.device)).items()]
+    write_csv(output_dir / "study_swap.csv", list(rows[0]), header, rows)
     (output_dir / "study_swap.md").write_text(table(cfg, rows) + "\n")
     print(table(cfg, rows))
 

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.recipes.test_stock_recipes import ROOT
 
 pytestmark = pytest.mark.slow
 
-ONE_STUDY = [f"~studies.{name}" for name in ("families", "families_bpe", "normalizer", "position", "activation")]
+STUDIES = OmegaConf.load(ROOT / "configs/study_quality.yaml").studies
 TINY = [
-    *(*ONE_STUDY, "~studies.chunk_size", "~studies.norm", "studies.parts.models=[flash,global_only]"),
+    *(f"~studies.{name}" for name in STUDIES if name != "parts"),
+    "studies.parts.models=[flash,global_only]",
     *("seq_lens=[64,128]", "train_length=64", "windows=2", "jobs=1", "lrs=[0.003,1.0e9]", "seeds=[0,1]"),
     *("models.flash.embed_dim=32", "models.flash.num_layers=2", "models.flash.chunk_size=16"),
-    *("models.global_only.embed_dim=32", "models.global_only.num_layers=2", "models.global_only.chunk_size=16"),
     *("common.max_steps_per_epoch=10", "common.dataset.max_tokens=30000", "common.lr_scheduler.num_warmup_steps=1"),
 ]
 
@@ -41,9 +42,10 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(folder: Path) -> list[dict[str, str]]:
     lines = (folder / "outputs/study_quality/study_quality.csv").read_text().splitlines()
-    assert "torchtune" in lines[0]
-    assert "study_quality.yaml" in lines[0]
-    return list(csv.DictReader(lines[1:]))
+    header = [line for line in lines if line.startswith("# ")]
+    assert any(line.startswith("# torchtune: 0.6.1") for line in header)
+    assert any(line.startswith("# command: ") and "study_quality.yaml" in line for line in header)
+    return list(csv.DictReader(lines[len(header) :]))
 
 
 def test_each_model_is_trained_with_each_rate_and_the_best_again(studied: Path) -> None:
@@ -70,26 +72,25 @@ def test_runs_that_are_there_are_not_repeated(studied: Path) -> None:
     results[0].write_text(json.dumps({**marked, "bits_per_byte": {"64": 1.25, "128": 1.5}}))
     assert study(studied).returncode == 0
     assert [path.stat().st_mtime_ns for path in results[1:]] == written[1:]
-    assert {"1.25", "1.5"} <= {row["bits_per_byte"] for row in rows(studied)}
+    assert {"1.2500", "1.5000"} <= {row["bits_per_byte"] for row in rows(studied)}
     assert len(rows(studied)) == len(before)
 
 
 def test_models_of_unequal_size_are_refused(tmp_path: Path) -> None:
-    done = study(tmp_path, "models.global_only.num_layers=4")
+    done = study(tmp_path, "models.global_only.expansion=3")
     assert done.returncode != 0
     assert "studies.parts.models" in done.stderr
     assert "equal numbers of parameters" in done.stderr
 
 
-def test_half_models_lack_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_without_a_part_lack_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import study_models
 
     sizes = dict(vocab_size=50, num_layers=1, embed_dim=32, qk_dim=16, max_seq_len=64, chunk_size=16)
     torch.manual_seed(0)
-    local, across = (
-        build(**sizes).double() for build in (study_models.flash_local_only, study_models.flash_global_only)
-    )
+    local = study_models.flash_without("global", **sizes, position_bias="none").double()
+    across = study_models.flash_without("local", **sizes, position_bias="none").double()
     tokens = torch.randint(0, 50, (1, 48))
     changed = tokens.clone()
     changed[0, 20] = (changed[0, 20] + 1) % 50  # in the second of three chunks
@@ -102,4 +103,6 @@ def test_half_models_lack_what_they_are_named_after(monkeypatch: pytest.MonkeyPa
     assert {20} < moved(local) <= set(range(20, 32))
     assert moved(across) == {20, *range(32, 48)}
     with pytest.raises(ValueError, match="position_bias"):
-        study_models.flash_local_only(**sizes, position_bias="t5")
+        study_models.flash_without("local", **sizes)
+    with pytest.raises(ValueError, match="part"):
+        study_models.flash_without("both", **sizes)

@@ -27,9 +27,10 @@ def test_a_small_llama_is_trained_swapped_and_recovers(tmp_path: Path, monkeypat
     assert done.returncode == 0, done.stderr[-4000:]
     output = tmp_path / "outputs/study_swap"
     lines = (output / "study_swap.csv").read_text().splitlines()
-    assert "torchtune" in lines[0]
-    assert "study_swap.yaml" in lines[0]
-    rows = list(csv.DictReader(lines[1:]))
+    header = [line for line in lines if line.startswith("# ")]
+    assert any(line.startswith("# torchtune: 0.6.1") for line in header)
+    assert any(line.startswith("# command: ") and "study_swap.yaml" in line for line in header)
+    rows = list(csv.DictReader(lines[len(header) :]))
     stages = ["original", "trained on", "right after the swap", "after LoRA", "after distillation"]
     assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
     loss = {row["stage"]: float(row["bits_per_byte"]) for row in rows if row["seq_len"] == "128"}
