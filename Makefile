@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test lint format clean
+.PHONY: train test figures lint format clean
 
 train: $(STAMP)
 	$(BIN)/tune run full_finetune_single_device --config configs/flash_debug.yaml
@@ -17,6 +17,10 @@ train: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# The tables and the front figure of the README, from the committed results.
+figures: $(STAMP)
+	$(BIN)/python recipes/figures.py --config configs/figures.yaml
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

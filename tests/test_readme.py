@@ -4,6 +4,9 @@ import csv
 import re
 from pathlib import Path
 
+import pytest
+from omegaconf import OmegaConf
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -14,14 +17,18 @@ def layer_results() -> dict[tuple[str, int], dict[str, str]]:
     return {(row["contender"], int(row["seq_len"])): row for row in rows}
 
 
-def test_the_table_of_ratios_is_the_result_file() -> None:
-    results = layer_results()
-    rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) == len({seq_len for _, seq_len in results})
-    for length, ours, theirs in rows:
-        seq_len = int(length.replace(",", ""))
-        assert ours == results["flash", seq_len]["ratio_p50"]
-        assert theirs == results["FLASH-pytorch", seq_len]["ratio_p50"]
+def test_tables_are_what_make_figures_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.chdir(ROOT)
+    import figures
+
+    results = figures.read(OmegaConf.load("configs/figures.yaml"))
+    assert figures.render(README, results) == README
+    changed = README.replace("| 2,048 | 1.41 |", "| 2,048 | 1.21 |")
+    assert changed != README
+    assert figures.render(changed, results) == README
+    with pytest.raises(ValueError, match="layer"):
+        figures.render(README.replace("<!-- figures: layer -->", ""), results)
 
 
 def test_growth_is_the_result_file() -> None:
@@ -47,7 +54,7 @@ def test_every_config_is_in_the_table() -> None:
 
 
 def test_the_python_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     exec(code, names)  # our own README
     assert names["out"].shape == (1, 1000, 256)

@@ -68,8 +68,8 @@ def flash(
         chunk_size: Tokens c that attend to each other quadratically.
         activation: ``relu2``, ``laplace``, ``softplus2`` or ``softmax``.
         normalizer: ``visible``, ``paper`` or ``chunk``; see :func:`flash_plugin.kernels.mixed_chunk_attention`.
-        position_bias: ``none``, ``rope`` (the paper's), ``toeplitz`` or ``t5``, inside chunks. ``t5`` trains best
-            (``recipes/study_quality.py``): without a bias a model learns far more slowly.
+        position_bias: ``none``, ``rope`` (the paper's), ``toeplitz`` or ``t5``, inside chunks. With ``t5`` a model
+            learns faster than with ``rope`` or none (``recipes/study_quality.py``).
         rope_dim: How many of the z features rotate; None rotates all, 0 none.
         rope_base: Base of the rotary wavelengths.
         absolute_position: Add sinusoidal embeddings with a learned scale.
