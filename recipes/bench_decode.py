@@ -91,7 +91,7 @@ def build(cfg: DictConfig, row: Row) -> nn.Module:
 def mlp_dim(cfg: DictConfig) -> int:
     """Width of Llama's MLP with which one of its layers has the parameters of two FLASH layers."""
     d, z = cfg.embed_dim, cfg.qk_dim
-    flash = 2 * (6 * d * d + d * z)  # 3 d e + d z with e = 2d
+    flash = 2 * (6 * d * d + d * z + 8 * z + 32)  # 3 d e + d z with e = 2d, gammas and betas, T5's buckets
     attention = 2 * d * d * (1 + cfg.num_kv_heads / cfg.num_heads)
     return round((flash - attention) / (3 * d))
 
