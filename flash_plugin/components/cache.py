@@ -15,10 +15,37 @@ from flash_plugin.kernels.layout import LinearState, state_dtype
 from flash_plugin.kernels.new_tokens import NewTokens, empty_cursor, place_new_tokens
 
 
-class DecodingCache(nn.Module):
-    """What all decoding caches share: the cursor, and buffers that are no part of a model's state dict.
+class HeldTokens(nn.Module):
+    """What all caches share: buffers of checked sizes that are no part of a model's state dict.
 
     They carry no gradients from call to call.
+
+    Args:
+        batch_size: Rows b; every call must have as many.
+        dtype: The model's.
+        max_seq_len: Tokens a row may have.
+        side: ``decoder`` or ``encoder``, whose tokens they are.
+
+    Raises:
+        ValueError: If a size is no positive integer, or ``dtype`` no floating point type.
+    """
+
+    def __init__(self, *, batch_size: int, dtype: torch.dtype, max_seq_len: int, side: str) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), (f"{side}_max_seq_len", max_seq_len)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} ({size!r}) must be a positive integer; pass setup_caches({name}=...) one")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype ({dtype}) must be a floating point type; pass the model's to setup_caches")
+        self.batch_size = batch_size
+        self.max_seq_len = max_seq_len
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+
+class DecodingCache(HeldTokens):
+    """What all decoding caches share: the cursor.
 
     Args:
         batch_size: Rows b; every call must have as many.
@@ -32,20 +59,10 @@ class DecodingCache(nn.Module):
     cursor: Tensor
 
     def __init__(self, *, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
-        super().__init__()
-        for name, size in (("batch_size", batch_size), ("decoder_max_seq_len", max_seq_len)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} ({size!r}) must be a positive integer; pass setup_caches({name}=...) one")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype ({dtype}) must be a floating point type; pass the model's to setup_caches")
-        self.batch_size = batch_size
-        self.max_seq_len = max_seq_len
+        super().__init__(batch_size=batch_size, dtype=dtype, max_seq_len=max_seq_len, side="decoder")
         # Known on the host without waiting for an accelerator.
         self.empty = True
         self._hold("cursor", empty_cursor(batch_size))
-
-    def _hold(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
 
     def reset(self) -> None:
         """Forget all tokens, in place."""

@@ -6,18 +6,19 @@ Shape legend: ``b`` batch, ``t`` decoder tokens, ``s`` encoder tokens, ``e`` exp
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from flash_plugin.components.cache import HeldTokens
 from flash_plugin.kernels.layout import state_dtype
 
 _ROOM = "set the caches up with a larger encoder_max_seq_len, or call reset_caches() between prompts"
 
 
-class EncoderCache(nn.Module):
+class EncoderCache(HeldTokens):
     """Keys and values of the encoder's tokens, or their sum, found by torchtune as ``kv_cache``.
 
     The quadratic form holds keys and values of ``max_seq_len`` encoder tokens, the linear form a sum whose size does
-    not depend on how many came. Buffers are no part of a model's state dict and carry no gradients from call to call.
+    not depend on how many came.
 
     Args:
         batch_size: Rows b; every call must have as many.
@@ -42,14 +43,7 @@ class EncoderCache(nn.Module):
     def __init__(
         self, *, batch_size: int, dtype: torch.dtype, max_seq_len: int, qk_dim: int, expanded_dim: int, summed: bool
     ) -> None:
-        super().__init__()
-        for name, size in (("batch_size", batch_size), ("encoder_max_seq_len", max_seq_len)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} ({size!r}) must be a positive integer; pass setup_caches({name}=...) one")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype ({dtype}) must be a floating point type; pass the model's to setup_caches")
-        self.batch_size = batch_size
-        self.max_seq_len = max_seq_len
+        super().__init__(batch_size=batch_size, dtype=dtype, max_seq_len=max_seq_len, side="encoder")
         self.size = 0
         self._hold("real", torch.zeros(batch_size, max_seq_len, dtype=torch.bool))
         if summed:
@@ -57,9 +51,6 @@ class EncoderCache(nn.Module):
         else:
             self._hold("keys", torch.zeros(batch_size, max_seq_len, qk_dim, dtype=dtype))
             self._hold("values", torch.zeros(batch_size, max_seq_len, expanded_dim, dtype=dtype))
-
-    def _hold(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
 
     def reset(self) -> None:
         """Forget the encoder's tokens, in place."""
