@@ -2,18 +2,22 @@
 
     python recipes/study_quality.py --config configs/study_quality.yaml
 
-Every model is trained from scratch by torchtune's stock recipe on the same tokens, with the learning rate of a small
-grid that does best for it, and then again with other seeds of the weights (the recipe orders samples in one way).
-Held-out bits per byte are measured at the training length and beyond it. Runs that are in `output_dir` already, with
-the same config, are not repeated, so that an interrupted study goes on.
+Every model is trained from scratch by torchtune's stock recipe on the same tokens, with the learning rate (and, unless
+it is FLASH but for one choice, the scale of embeddings) of a small grid that does best for it, and then again with
+other seeds of the weights (the recipe orders samples in one way). Held-out bits per byte are measured at the training
+length and beyond it. Runs that are in `output_dir` already, with the same config, are not repeated, so that an
+interrupted study goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import shutil
 import statistics
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,18 +47,24 @@ class Run(NamedTuple):
     text: str
     model: str
     lr: float
+    embedding_std: float
     seed: int
 
     @property
     def name(self) -> str:
         """Where its files are."""
-        return f"{self.text}/{self.model}/lr_{self.lr:g}_seed_{self.seed}"
+        return f"{self.text}/{self.model}/lr_{self.lr:g}_std_{self.embedding_std:g}_seed_{self.seed}"
+
+
+def is_variant(cfg: DictConfig, model: str) -> bool:
+    """Whether a model's node names changes to `flash` alone."""
+    return "num_layers" not in cfg.models[model]
 
 
 def model_node(cfg: DictConfig, text: str, model: str) -> dict[str, Any]:
-    """The node of a model; one that is not whole is `flash` but for what it names."""
+    """The node of a model, whole."""
     node: Any = OmegaConf.to_container(cfg.models[model])
-    if "num_layers" not in node:
+    if is_variant(cfg, model):
         node = {**OmegaConf.to_container(cfg.models.flash), **node}
     return {**node, "vocab_size": cfg.texts[text].vocab_size}
 
@@ -69,7 +79,7 @@ def recipe_config(cfg: DictConfig, job: Run, folder: Path) -> dict[str, Any]:
         **common,
         "tokenizer": {**tokenizer, "max_seq_len": cfg.train_length},
         "model": node,
-        "checkpointer": checkpointer(node, folder, None, job.seed),
+        "checkpointer": {**checkpointer(node, folder, None, job.seed), "init_embedding_std": job.embedding_std},
         "optimizer": {**common["optimizer"], "lr": job.lr},
         "seed": job.seed,
         "output_dir": str(folder),
@@ -80,7 +90,7 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
     """Bits per byte at each length; infinite if the run diverged."""
     folder = Path(cfg.output_dir, "runs", job.name)
     wanted, found = recipe_config(cfg, job, folder), beside(folder, "json")
-    measured = {"seq_lens": list(cfg.seq_lens), "windows": cfg.windows}
+    measured = {"seq_lens": list(cfg.seq_lens), "windows": cfg.windows, "vocabulary": vocabulary(cfg, job.text)}
     if found.exists():
         before = json.loads(found.read_text())
         if before["config"] == wanted and before["measured"] == measured:
@@ -105,6 +115,13 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
     aside.replace(found)
     shutil.rmtree(folder)  # weights; config, log and result stay beside it
     return bits
+
+
+def vocabulary(cfg: DictConfig, text: str) -> str | None:
+    """What tells a trained vocabulary from another one under the same name."""
+    if "train_tokenizer" not in cfg.texts[text]:
+        return None
+    return hashlib.sha256(Path(cfg.texts[text].tokenizer.path_or_name).read_bytes()).hexdigest()
 
 
 def train_tokenizers(cfg: DictConfig) -> None:
@@ -137,31 +154,41 @@ def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
     return counts
 
 
-def all_runs(cfg: DictConfig, text: str, model: str) -> dict[Run, dict[int, float]]:
-    """Find a model's learning rate, and train with it from the other seeds.
+def climb(shape: Sequence[int], start: tuple[int, ...], loss: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """The point of a grid from which no step along one axis makes `loss` smaller, reached from `start` step by step."""
+    best, losses = start, {start: loss(start)}
+    moved = True
+    while moved:
+        moved = False
+        for axis, step in itertools.product(range(len(shape)), (1, -1)):
+            place = (*best[:axis], best[axis] + step, *best[axis + 1 :])
+            if place not in losses and 0 <= place[axis] < shape[axis]:
+                losses[place] = loss(place)
+                if losses[place] < losses[best]:
+                    best, moved = place, True
+    return best
 
-    First come the two rates in the middle of the grid, then those towards the better end until it gets worse.
-    """
+
+def all_runs(cfg: DictConfig, text: str, model: str) -> tuple[Run, dict[Run, dict[int, float]]]:
+    """Tune a model, and train it with the best choice from the other seeds; the best of the first seed comes first."""
     found: dict[Run, dict[int, float]] = {}
 
-    def train(index: int, seed: int) -> float:
-        run = Run(text, model, cfg.lrs[index], seed)
+    def at(place: tuple[int, ...], seed: int) -> Run:
+        return Run(text, model, cfg.lrs[place[0]], cfg.embedding_stds[place[1]], seed)
+
+    def loss(place: tuple[int, ...]) -> float:
+        run = at(place, first)
         found[run] = train_and_measure(cfg, run)
         bits = found[run][cfg.train_length]
         return math.inf if math.isnan(bits) else bits
 
     first, *others = cfg.seeds
-    middle = (len(cfg.lrs) - 1) // 2
-    losses = {index: train(index, first) for index in range(middle, min(middle + 2, len(cfg.lrs)))}
-    while True:
-        best = min(losses, key=lambda index: losses[index])
-        beyond = best - 1 if best == min(losses) else best + 1
-        if beyond in losses or not 0 <= beyond < len(cfg.lrs):
-            break
-        losses[beyond] = train(beyond, first)
+    # The first scale is that of FLASH's builders, and what its variants are compared at.
+    shape = (len(cfg.lrs), 1 if is_variant(cfg, model) else len(cfg.embedding_stds))
+    best = climb(shape, ((len(cfg.lrs) - 1) // 2, 0), loss)
     for seed in others:
-        train(best, seed)
-    return found
+        found[at(best, seed)] = train_and_measure(cfg, at(best, seed))
+    return at(best, first), found
 
 
 def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -169,22 +196,19 @@ def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[st
     with ThreadPoolExecutor(cfg.jobs) as pool:
         of_models = pool.map(lambda pair: all_runs(cfg, *pair), counts)
         runs = dict(zip(counts, tqdm(of_models, total=len(counts), desc="Models"), strict=True))
-    best = {
-        pair: min((run for run in found if run.seed == cfg.seeds[0]), key=lambda run: found[run][cfg.train_length]).lr
-        for pair, found in runs.items()
-    }
     return [
         {
             "text": job.text,
             "model": job.model,
             "parameters": counts[job.text, job.model],
             "lr": job.lr,
-            "chosen": job.lr == best[job.text, job.model],
+            "embedding_std": job.embedding_std,
+            "chosen": (job.lr, job.embedding_std) == (best.lr, best.embedding_std),
             "seed": job.seed,
             "seq_len": length,
             "bits_per_byte": f"{value:.4f}",
         }
-        for found in runs.values()
+        for best, found in runs.values()
         for job, bits in sorted(found.items())
         for length, value in bits.items()
     ]
@@ -203,18 +227,16 @@ def tables(cfg: DictConfig, rows: list[dict[str, Any]]) -> str:
         lines = [
             f"### {study} ({group.text})",
             "",
-            "| model | lr | " + " | ".join(f"{n} tokens" for n in cfg.seq_lens) + " |",
+            "| model | lr | embeddings | " + " | ".join(f"{n} tokens" for n in cfg.seq_lens) + " |",
         ]
-        lines.append("|---|---|" + "---|" * len(cfg.seq_lens))
+        lines.append("|---|---|---|" + "---|" * len(cfg.seq_lens))
         for model in group.models:
-            lr = next(
-                row["lr"] for row in rows if (row["text"], row["model"], row["chosen"]) == (group.text, model, True)
-            )
+            best = next(row for row in rows if (row["text"], row["model"], row["chosen"]) == (group.text, model, True))
             cells = []
             for length in cfg.seq_lens:
                 values = over_seeds(rows, group.text, model, length)
                 cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            lines.append(f"| {model} | {lr:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {model} | {best['lr']:g} | {best['embedding_std']:g} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

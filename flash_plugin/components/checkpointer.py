@@ -41,7 +41,7 @@ from flash_plugin.components.checkpoint_fit import (
     is_packed,
     refuse_quantizer,
 )
-from flash_plugin.components.initialization import InitialWeights
+from flash_plugin.components.initialization import EMBEDDING_STD, InitialWeights, check_embedding_std
 from flash_plugin.components.peft import adapter_keys
 
 MODEL_FILE = SHARD_FNAME.format(cpt_idx="00001", num_shards="00001") + ".bin"
@@ -78,6 +78,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         init_model: The model's own node; in YAML ``init_model: ${model}``. Needed to train from scratch; when a file
             is loaded, the file is compared with it.
         init_seed: Seed of the weights drawn from scratch.
+        init_embedding_std: Standard deviation of embeddings drawn from scratch.
         quantizer: The quantizer's own node; in YAML ``quantizer: ${quantizer}``, in configs that run a quantized
             model (``eleuther_eval``, ``generate``). One that the recipe does not know, and would ignore, is refused.
         keep_last: How many epochs to keep: with each save, the folders ``epoch_N`` of older ones are removed, with all
@@ -101,6 +102,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         model_type: str = "FLASH",
         init_model: Mapping[str, Any] | None = None,
         init_seed: int = 0,
+        init_embedding_std: float = EMBEDDING_STD,
         quantizer: Mapping[str, Any] | None = None,
         keep_last: int | None = None,
         adapter_checkpoint: str | None = None,
@@ -123,7 +125,9 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
         if type(init_seed) is not int:
             raise ValueError(f"init_seed ({init_seed!r}) must be an integer; set checkpointer.init_seed=0")
         self._keep_last = keep_last
+        check_embedding_std(init_embedding_std)
         self._init_model, self._init_seed, self._quantizer = dict(init_model or {}), init_seed, dict(quantizer or {})
+        self._init_embedding_std = init_embedding_std
         self._output_dir = Path(output_dir)
         # DistributedCheckpointer, which saves asynchronously, copies this attribute and wants a path.
         self._checkpoint_dir = Path(checkpoint_dir or output_dir)
@@ -299,7 +303,7 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
                 f"checkpoint_files (None) must name trained weights for {self._model_name}, whose adapters cannot mend "
                 "random ones; set checkpointer.checkpoint_dir and checkpointer.checkpoint_files"
             )
-        weights = InitialWeights(model, self._init_seed)
+        weights = InitialWeights(model, self._init_seed, self._init_embedding_std)
         undefined = sorted(model.state_dict().keys() - weights.keys())
         if undefined:
             raise ValueError(

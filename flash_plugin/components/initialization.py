@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ from flash_plugin.components.gau import GatedAttentionUnit, OffsetScale
 from flash_plugin.components.global_path import Matrix
 from flash_plugin.components.norms import ScaleNorm
 from flash_plugin.components.positions import RopeBias, ScaledSinusoid, T5Bias, ToeplitzBias
+from flash_plugin.kernels.validation import is_number
 
-# Standard deviation of embeddings and relative biases.
-_EMBEDDING_STD = 0.02
+#: Standard deviation of embeddings, unless another is asked for, of relative biases, and of logits' projection.
+EMBEDDING_STD = 0.02
 
 
-def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
+def initialize_weights(model: nn.Module, *, seed: int | None = None, embedding_std: float = EMBEDDING_STD) -> None:
     """Fill every parameter of ``model`` in place.
 
     Linear weights are N(0, 1 / fan_in), those that write into the residual stream divided by the root of their number;
@@ -32,9 +34,11 @@ def initialize_weights(model: nn.Module, *, seed: int | None = None) -> None:
         model: Any model; parameters on the meta device are left alone.
         seed: Each parameter draws from a generator seeded by (seed, its name), so that its values depend on neither
             rank, process count, order nor global random state. None draws from the global generator.
+        embedding_std: Standard deviation of embeddings. A Llama learns faster from 1, FLASH from 0.02
+            (``recipes/study_quality.py``).
     """
     with torch.no_grad():
-        for name, rule in _rules(model):
+        for name, rule in _rules(model, embedding_std):
             if rule.parameter.device.type != "meta":
                 _fill(rule, rule.parameter, _generator(seed, name, rule.parameter.device))
 
@@ -48,11 +52,12 @@ class InitialWeights(Mapping[str, Tensor]):
     Args:
         model: The model, on any device; meta costs nothing.
         seed: Seed of every parameter, together with its name.
+        embedding_std: Standard deviation of embeddings.
     """
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int, embedding_std: float = EMBEDDING_STD) -> None:
         self._seed = seed
-        self._rules = {id(rule.parameter): (name, rule) for name, rule in _rules(model)}
+        self._rules = {id(rule.parameter): (name, rule) for name, rule in _rules(model, embedding_std)}
         named, keys = model.named_parameters(remove_duplicate=False), model.state_dict().keys()
         #: The model's own parameters, under their names in its state dict.
         self.parameters = {name: parameter for name, parameter in named if name in keys}
@@ -81,7 +86,7 @@ class _Rule(NamedTuple):
     std: float
 
 
-def _rules(model: nn.Module) -> Iterator[tuple[str, _Rule]]:
+def _rules(model: nn.Module, embedding_std: float) -> Iterator[tuple[str, _Rule]]:
     """Every parameter's full name and how to fill it."""
     units = GatedAttentionUnit | CrossGatedAttentionUnit | MultiHeadAttention
     attentions = [m for m in model.modules() if isinstance(m, units)]
@@ -93,20 +98,32 @@ def _rules(model: nn.Module) -> Iterator[tuple[str, _Rule]]:
     }
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            std = _std(module, name)
+            std = _std(module, name, embedding_std)
             if id(module) in residual:
                 std *= len(residual) ** -0.5
             elif id(module) in outputs:
-                std = min(std, _EMBEDDING_STD)  # the first predictions are nearly uniform
+                std = min(std, EMBEDDING_STD)  # the first predictions are nearly uniform
             yield f"{prefix}.{name}", _Rule(parameter, module, name, std)
 
 
-def _std(module: nn.Module, name: str) -> float:
+def check_embedding_std(std: float) -> None:
+    """Refuse a standard deviation that is not a positive number.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not is_number(std) or not 0 < std < math.inf:
+        raise ValueError(
+            f"init_embedding_std ({std!r}) must be a positive number; set checkpointer.init_embedding_std=0.02"
+        )
+
+
+def _std(module: nn.Module, name: str, embedding_std: float) -> float:
     if isinstance(module, nn.Linear):
         return 0.0 if name == "bias" else module.in_features**-0.5
     if isinstance(module, OffsetScale):
-        return 0.0 if name == "beta" else _EMBEDDING_STD
-    return _EMBEDDING_STD
+        return 0.0 if name == "beta" else EMBEDDING_STD
+    return embedding_std if isinstance(module, nn.Embedding) else EMBEDDING_STD
 
 
 def _fill(rule: _Rule, values: Tensor, generator: torch.Generator | None) -> None:

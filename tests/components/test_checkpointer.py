@@ -102,6 +102,17 @@ def test_from_scratch_depends_on_the_seed_alone(output: Path, monkeypatch: pytes
     assert digest(drawn()) == first
 
 
+def test_embeddings_start_as_wide_as_asked(output: Path) -> None:
+    def weights(**arguments: float) -> dict[str, torch.Tensor]:
+        checkpointer = FlashCheckpointer(output_dir=str(output), init_model=MODEL, **arguments)
+        return dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
+
+    narrow, wide = weights(), weights(init_embedding_std=1.0)
+    embedding = "tok_embeddings.weight"
+    torch.testing.assert_close(wide.pop(embedding), narrow.pop(embedding) / 0.02)
+    assert digest(wide) == digest(narrow)
+
+
 def test_another_process_makes_the_same_weights(output: Path) -> None:
     script = (
         "import sys, torch; torch.manual_seed(7); torch.set_num_threads(1)\n"
@@ -162,6 +173,7 @@ def test_weights_that_modules_share_are_the_same_under_every_name(tied: bool) ->
     [
         ({}, r"init_model \(None\) must be given .* write init_model: \$\{model\}"),
         ({"init_model": {"vocab_size": 3}}, r"init_model \(\{'vocab_size': 3\}\) must be a model's node"),
+        ({"init_model": MODEL, "init_embedding_std": 0}, r"init_embedding_std \(0\) must be a positive number; set"),
         ({"model_type": "LLAMA2"}, r"model_type \('LLAMA2'\) must be FLASH"),
         ({"model_type": "flash"}, r"model_type \('flash'\) must be FLASH.*set checkpointer.model_type=FLASH"),
         ({"checkpoint_dir": "."}, r"checkpoint_dir \(\.\) must come with checkpoint_files.*to train from scratch"),

@@ -48,25 +48,48 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(lines[len(header) :]))
 
 
-def test_each_model_is_trained_with_each_rate_and_the_best_again(studied: Path) -> None:
+@pytest.mark.parametrize("start", [(0, 0), (2, 1), (4, 0)])
+def test_the_search_ends_where_no_step_is_better(monkeypatch: pytest.MonkeyPatch, start: tuple[int, int]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from study_quality import climb
+
+    slope = {(i, j): abs(i - 3) + 2.0 * abs(j - 1) for i in range(5) for j in range(3)}
+    asked: list[tuple[int, ...]] = []
+
+    def loss(place: tuple[int, ...]) -> float:
+        asked.append(place)
+        return slope[place]  # a KeyError beyond the grid
+
+    assert climb((5, 3), start, loss) == (3, 1)
+    assert {(2, 1), (4, 1), (3, 0), (3, 2), (3, 1)} <= set(asked)
+    assert len(asked) == len(set(asked))
+
+
+def test_each_model_is_tuned_and_trained_again_with_the_other_seed(studied: Path) -> None:
     found = {
-        (r["model"], float(r["lr"]), int(r["seed"]), int(r["seq_len"])): float(r["bits_per_byte"])
+        (r["model"], float(r["lr"]), float(r["embedding_std"]), int(r["seed"]), int(r["seq_len"])): r
         for r in rows(studied)
     }
-    runs = [(0.003, 0), (1e9, 0), (0.003, 1)]
-    assert set(found) == {(m, *run, n) for m in ("flash", "global_only") for run in runs for n in (64, 128)}
-    assert all(math.isinf(bits) or bits > 20 for (_, lr, _, _), bits in found.items() if lr == 1e9)
-    assert all(bits < 8.05 for (_, lr, _, _), bits in found.items() if lr == 0.003)
-    assert {row["chosen"] for row in rows(studied) if row["lr"] == "0.003"} == {"True"}
-    assert {row["chosen"] for row in rows(studied) if row["lr"] != "0.003"} == {"False"}
-    seeds = [found["flash", 0.003, seed, 64] for seed in (0, 1)]
-    assert seeds[0] != seeds[1]
+    bits = {key: float(row["bits_per_byte"]) for key, row in found.items()}
+    stds = {"flash": (0.02, 1.0), "global_only": (0.02,)}  # a variant of FLASH's keeps its embeddings
+    for model, tried in stds.items():
+        assert {key[2] for key in bits if key[0] == model} == set(tried)
+        best = min((key for key in bits if key[0] == model and key[3:] == (0, 64)), key=lambda key: bits[key])
+        assert best[1] == 0.003
+        chosen = {(key[1], key[2], key[3]) for key, row in found.items() if key[0] == model and row["chosen"] == "True"}
+        assert chosen == {(best[1], best[2], seed) for seed in (0, 1)}
+        assert (model, 1e9, best[2], 0, 64) in bits  # the steps from the best along both lists were tried
+        assert {key[2] for key in bits if key[:2] == (model, 0.003)} == set(tried)
+        assert bits[(*best[:3], 0, 64)] != bits[(*best[:3], 1, 64)]
+    assert {key[4] for key in bits} == {64, 128}
+    assert all(math.isinf(value) or value > 20 for key, value in bits.items() if key[1] == 1e9)
+    assert all(value < 8.5 for key, value in bits.items() if key[1] == 0.003)
     assert (studied / "outputs/study_quality/study_quality.png").stat().st_size > 5000
 
 
 def test_runs_that_are_there_are_not_repeated(studied: Path) -> None:
     results = sorted((studied / "outputs/study_quality/runs").rglob("*.json"))
-    assert len(results) == 6
+    assert len(results) == len(rows(studied)) / 2  # lengths
     before, written = rows(studied), [path.stat().st_mtime_ns for path in results]
     marked = json.loads(results[0].read_text())
     results[0].write_text(json.dumps({**marked, "bits_per_byte": {"64": 1.25, "128": 1.5}}))
