@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from kernel_rooflines import Sizes, linear_costs, mixed_chunk_costs, quadratic_costs, softmax_costs
-from measuring import MIB, Missing, attempt, keep_memory, matrix_product, memory_mib
+from measuring import MIB, Missing, attempt, check_equal_sizes, keep_memory, matrix_product, memory_mib
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune import config, training
@@ -39,8 +39,6 @@ CORES = {
     "linear": linear_costs,
     "softmax": softmax_costs,
 }
-#: How far the largest model may be above the smallest.
-APART = 0.03
 # Enough to load what a first call loads, and to make the optimizer's state.
 _FEW_TOKENS = 64
 # What takes seconds to import, and need not in each process.
@@ -147,22 +145,6 @@ def check(cfg: DictConfig) -> None:
             )
 
 
-def check_parameters(counts: dict[str, int]) -> None:
-    """Refuse models of different sizes.
-
-    Raises:
-        ValueError: If the largest has over 3 % more parameters than the smallest.
-    """
-    if not counts:
-        return
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    if counts[most] > (1 + APART) * counts[least]:
-        raise ValueError(
-            f"contenders must have equal numbers of parameters, to {APART:.0%}, but {most} has {counts[most]:,} and "
-            f"{least} has {counts[least]:,}; change num_layers or intermediate_dim of contenders.{most}.model"
-        )
-
-
 def peak_in_new_process(cfg: DictConfig, name: str, seq_len: int) -> float:
     """What :meth:`Trainer.peak_mib` says in a process that has done nothing else."""
     context = multiprocessing.get_context("forkserver")
@@ -250,7 +232,7 @@ def main(cfg: DictConfig) -> None:
     for name, contender in contenders.items():
         if isinstance(contender, Missing):
             print(f"{name} is missing: {contender.reason}")
-    check_parameters({name: c.parameters for name, c in contenders.items() if isinstance(c, Trainer)})
+    check_equal_sizes("contenders", {name: c.parameters for name, c in contenders.items() if isinstance(c, Trainer)})
     rates: dict[int, float | None] = {}
     rows: list[Row] = []
     with tqdm(total=len(cfg.seq_lens) * (cfg.warmup + cfg.turns), desc="Timing") as progress:

@@ -71,6 +71,9 @@ def export_hf(
         exported = FlashForCausalLM(configuration)
     check_fit(weights, exported.model.state_dict(), source="of checkpointer", model=str(model["_component_"]))
     exported.model.load_state_dict(dict(weights), assign=True)
+    for module in exported.modules():
+        if hasattr(module, "rope_init"):
+            module.rope_init()  # tables, which are in no checkpoint, and so still on meta
     exported.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)  # an earlier export's

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import matplotlib
 from omegaconf import DictConfig
+from quality_reports import bits, panel, spread
 from torchtune import config
 
 matplotlib.use("Agg")
@@ -101,18 +102,10 @@ def malloc(results: Results) -> str:
     return table(head, [[f"{n:,}", *(times(rows, x, n) for x in ("llama", "FLASH-pytorch"))] for n in lengths(rows)])
 
 
-def bits(results: Results, text: str, model: str, seq_len: int) -> list[float]:
-    """Held-out bits per byte of all seeds at the best learning rate."""
-    chosen = [row for row in results.quality if (row["text"], row["model"], row["chosen"]) == (text, model, "True")]
-    return [float(row["bits_per_byte"]) for row in chosen if int(row["seq_len"]) == seq_len]
-
-
 def mean(results: Results, text: str, model: str, seq_len: int) -> str:
-    """Their mean, and in brackets their range."""
-    values = bits(results, text, model, seq_len)
-    if not values:
-        return NOT_RUN
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    """Mean and range over seeds of a model's held-out bits per byte."""
+    values = bits(results.quality, text, model, seq_len)
+    return spread(values) if values else NOT_RUN
 
 
 FAMILIES = {
@@ -179,7 +172,7 @@ def claims(results: Results) -> str:
     trained, measured = lengths(results.quality)[0], lengths(results.training)
 
     def loss(model: str) -> str:
-        values = bits(results, "bytes", model, trained)
+        values = bits(results.quality, "bytes", model, trained)
         return f"{statistics.mean(values):.3f}" if values else NOT_RUN
 
     rows = results.training
@@ -249,15 +242,10 @@ def draw(results: Results, path: Path) -> None:
     speed.legend(fontsize="small")
     speed.grid(alpha=0.3)
     trained = lengths(results.quality)[0]
-    shown = {model: label for model, label in VARIANTS.items() if bits(results, "bytes", model, trained)}
-    for index, model in enumerate(shown):
-        values = bits(results, "bytes", model, trained)
-        loss.plot(values, [index] * len(values), "o", alpha=0.6, color="C0")
-        loss.plot(statistics.mean(values), index, "|", markersize=16, color="black")
-    loss.set_yticks(range(len(shown)), [label.replace("`", "") for label in shown.values()], fontsize="small")
-    loss.invert_yaxis()
+    shown = {model: label for model, label in VARIANTS.items() if bits(results.quality, "bytes", model, trained)}
+    values = [bits(results.quality, "bytes", model, trained) for model in shown]
+    panel(loss, values, [label.replace("`", "") for label in shown.values()])
     loss.set_title(f"held-out bits per byte at {trained:,} bytes", fontsize="medium")
-    loss.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

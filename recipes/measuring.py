@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,9 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": 
 _PACKAGES = ("torch", "triton", "torchtune", "torchao", "numpy", "FLASH-pytorch", "fla-core")
 # They change what our kernels run, and what memory costs.
 _VARIABLES = ("FLASH_PLUGIN_AUTOTUNE", "TRITON_INTERPRET", *_KEEP_MEMORY)
+
+#: How far the largest of compared models may be above the smallest.
+APART = 0.03
 
 T = TypeVar("T")
 
@@ -62,6 +66,8 @@ def attempt(candidate: Any, what: Callable[[], T]) -> T | Missing:
 
 def _why(error: Exception, said: list[str]) -> str:
     """One line. SDPA says in warnings why it has no kernel."""
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed, on Linux most often for want of memory"
     if isinstance(error, ImportError):
         package = INSTALL.get((error.name or "").partition(".")[0])
         said = [f"pip install {package}"] if package else []
@@ -72,6 +78,26 @@ def _why(error: Exception, said: list[str]) -> str:
 def quantiles(name: str, values: ArrayLike) -> dict[str, float]:
     """``{name}_p20`` and so on."""
     return {f"{name}_{key}": float(np.quantile(values, level)) for key, level in QUANTILES.items()}
+
+
+def check_equal_sizes(argument: str, counts: Mapping[str, int]) -> None:
+    """Refuse to compare models of different sizes.
+
+    Args:
+        argument: What of the config names them.
+        counts: How many parameters each has.
+
+    Raises:
+        ValueError: If the largest has over 3 % more than the smallest.
+    """
+    if not counts:
+        return
+    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[most] > (1 + APART) * counts[least]:
+        raise ValueError(
+            f"{argument} must have equal numbers of parameters, to {APART:.0%}, but {most} has {counts[most]:,} and "
+            f"{least} has {counts[least]:,}; change num_layers or a width of {most}"
+        )
 
 
 def keep_memory() -> None:

@@ -16,24 +16,20 @@ import itertools
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
-from measuring import surroundings, write_csv
+from measuring import check_equal_sizes, surroundings, write_csv
 from omegaconf import DictConfig, OmegaConf
+from quality_reports import draw, tables
 from studies import beside, bits_per_byte, checkpointer, held_out, load, run
 from torchtune import config
 from torchtune.utils import get_logger
 from tqdm import tqdm
 from train_tokenizer import train_tokenizer
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 RECIPE = "full_finetune_single_device"
 NOT_FINITE = "training has diverged"  # what the recipe's log says of a run that diverged
@@ -146,11 +142,7 @@ def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
                 model = config.instantiate(OmegaConf.create(model_node(cfg, group.text, name)))
             counts[group.text, name] = sum(parameter.numel() for parameter in model.parameters())
         own = {name: counts[group.text, name] for name in group.models}
-        if max(own.values()) > 1.03 * min(own.values()):
-            raise ValueError(
-                f"studies.{study}.models ({own}) must have equal numbers of parameters, to 3 %; change num_layers or "
-                "widths"
-            )
+        check_equal_sizes(f"studies.{study}.models", own)
     return counts
 
 
@@ -212,60 +204,6 @@ def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[st
         for job, bits in sorted(found.items())
         for length, value in bits.items()
     ]
-
-
-def over_seeds(rows: list[dict[str, Any]], text: str, model: str, seq_len: int) -> list[float]:
-    """Bits per byte of all seeds, at the best learning rate."""
-    chosen = [row for row in rows if (row["text"], row["model"], row["chosen"]) == (text, model, True)]
-    return [float(row["bits_per_byte"]) for row in chosen if row["seq_len"] == seq_len]
-
-
-def tables(cfg: DictConfig, rows: list[dict[str, Any]]) -> str:
-    """Markdown: for each study mean and range over seeds, at each length."""
-    parts = []
-    for study, group in cfg.studies.items():
-        lines = [
-            f"### {study} ({group.text})",
-            "",
-            "| model | lr | embeddings | " + " | ".join(f"{n} tokens" for n in cfg.seq_lens) + " |",
-        ]
-        lines.append("|---|---|---|" + "---|" * len(cfg.seq_lens))
-        for model in group.models:
-            best = next(row for row in rows if (row["text"], row["model"], row["chosen"]) == (group.text, model, True))
-            cells = []
-            for length in cfg.seq_lens:
-                values = over_seeds(rows, group.text, model, length)
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            lines.append(f"| {model} | {best['lr']:g} | {best['embedding_std']:g} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def draw(cfg: DictConfig, rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel a study: every seed a point, every model a row, at each length a column of panels."""
-    figure, panels = plt.subplots(
-        len(cfg.studies),
-        len(cfg.seq_lens),
-        figsize=(4.2 * len(cfg.seq_lens), sum(0.9 + 0.28 * len(group.models) for group in cfg.studies.values())),
-        height_ratios=[0.9 + 0.28 * len(group.models) for group in cfg.studies.values()],
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel_row, (study, group) in zip(panels, cfg.studies.items(), strict=True):
-        for panel, length in zip(panel_row, cfg.seq_lens, strict=True):
-            for index, model in enumerate(group.models):
-                values = over_seeds(rows, group.text, model, length)
-                panel.plot(values, [index] * len(values), "o", alpha=0.6, color="tab:blue")
-                panel.plot(statistics.mean(values), index, "|", markersize=14, color="black")
-            panel.set_yticks(
-                range(len(group.models)), group.models if panel is panel_row[0] else [""] * len(group.models)
-            )
-            panel.invert_yaxis()
-            panel.set_title(f"{study} ({group.text}), {length} tokens", fontsize=9)
-            panel.grid(axis="x", alpha=0.3)
-    for panel in panels[-1]:
-        panel.set_xlabel("held-out bits per byte; left is better")
-    figure.savefig(path, dpi=110)
 
 
 @config.parse

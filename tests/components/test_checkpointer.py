@@ -21,7 +21,7 @@ from torchtune.training.checkpointing._checkpointer import DistributedCheckpoint
 from torchtune.training.quantization import Int8DynActInt4WeightQuantizer
 
 from flash_plugin.components.checkpointer import MODEL_FILE, FlashCheckpointer
-from flash_plugin.components.initialization import InitialWeights, initialize_weights
+from flash_plugin.components.initialization import initialize_weights
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -102,17 +102,6 @@ def test_from_scratch_depends_on_the_seed_alone(output: Path, monkeypatch: pytes
     assert digest(drawn()) == first
 
 
-def test_embeddings_start_as_wide_as_asked(output: Path) -> None:
-    def weights(**arguments: float) -> dict[str, torch.Tensor]:
-        checkpointer = FlashCheckpointer(output_dir=str(output), init_model=MODEL, **arguments)
-        return dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
-
-    narrow, wide = weights(), weights(init_embedding_std=1.0)
-    embedding = "tok_embeddings.weight"
-    torch.testing.assert_close(wide.pop(embedding), narrow.pop(embedding) / 0.02)
-    assert digest(wide) == digest(narrow)
-
-
 def test_another_process_makes_the_same_weights(output: Path) -> None:
     script = (
         "import sys, torch; torch.manual_seed(7); torch.set_num_threads(1)\n"
@@ -151,18 +140,6 @@ def test_weights_from_scratch_are_drawn_when_they_are_read_and_not_kept(output: 
     name = "layers.999.attn.offset_scale.gamma"
     assert weights[name] is not weights[name]
     assert torch.equal(weights[name], weights[name])
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_that_modules_share_are_the_same_under_every_name(tied: bool) -> None:
-    model = build(num_layers=4, tie_embeddings=tied)
-    model.layers[1] = model.layers[0]  # a layer used twice
-    model.layers[3].attn.v_proj.weight = model.layers[2].attn.v_proj.weight  # a weight of two modules
-    weights = InitialWeights(model, seed=3)
-    initialize_weights(model, seed=3)
-    expected = model.state_dict()
-    assert list(weights) == list(expected)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 # What the constructor refuses

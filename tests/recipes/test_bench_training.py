@@ -240,4 +240,4 @@ def test_the_models_of_both_configs_are_of_one_size(recipe, name):
         else:
             counts[contender] = sum(parameter.numel() for parameter in model.parameters())
     assert set(CONTENDERS) <= set(counts)
-    recipe.bench_training.check_parameters(counts)
+    recipe.bench_training.check_equal_sizes("contenders", counts)

@@ -61,8 +61,11 @@ def export(folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_written_is_the_checkpoint(dtype: torch.dtype, tmp_path: Path) -> None:
-    export(tmp_path, dtype)
+    exported = export(tmp_path, dtype)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(exported(tokens).logits, model(tokens).logits)  # what is returned can be used
     expected = load(tmp_path / "weights/weights.bin")
     found = model.model.state_dict()
     assert found.keys() == expected.keys()
