@@ -142,6 +142,9 @@ class T5Bias(nn.Module):
         divide_by_length: Divide by L, as FLASH-pytorch's GAU does.
     """
 
+    #: Bucket of each t - s from -max_distance to max_distance, int64.
+    buckets: Tensor
+
     def __init__(
         self,
         multiplier: float,
@@ -157,12 +160,26 @@ class T5Bias(nn.Module):
         self.max_distance = max_distance
         self.divide_by_length = divide_by_length
         self.weight = nn.Parameter(torch.zeros(num_buckets))
+        self.rope_init()
+
+    def rope_init(self) -> None:
+        """Fill the table of buckets, which checkpoints do not have, on the default device.
+
+        Recipes ask for it behind meta, by torchtune's name for it. A logarithm is rounded as the CPU does on all
+        devices: at 16, 32 and 64 another rounding could be another bucket.
+        """
+        distance = torch.arange(-self.max_distance, self.max_distance + 1, device="cpu")
+        buckets = self._bucket(distance).to(torch.get_default_device())
+        self.register_buffer("buckets", buckets, persistent=False)
 
     def forward(self, length: int) -> Tensor:
         """The bias over t - s for ``length`` tokens, ``[2 length - 1]``."""
-        distance = torch.arange(1 - length, length, device=self.weight.device)
-        values = local(self.weight, terms=True)[self._bucket(distance)] * self.multiplier
-        return values / length if self.divide_by_length else values
+        values = local(self.weight, terms=True) * self.multiplier
+        if self.divide_by_length:
+            values = values / length
+        reach, buckets = self.max_distance, local(self.buckets)
+        place = torch.arange(reach + 1 - length, reach + length, device=buckets.device).clamp(0, 2 * reach)
+        return values.index_select(0, buckets.index_select(0, place))
 
     def _bucket(self, distance: Tensor) -> Tensor:
         buckets, offset = self.num_buckets, torch.zeros_like(distance)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flash_plugin.kernels.activations import attention_weights
 from flash_plugin.kernels.layout import Layout, local_divisor, state_dtype
+from flash_plugin.kernels.relative_bias import bias_between
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def mixed_chunk_batched(
         visible = visible & (keys <= queries)
     scores = _scores(q1.to(dtype), k1.to(dtype), offsets) * scale
     if bias is not None:
-        scores = scores + bias.to(dtype)[(queries - keys).clamp(1 - chunk_size, chunk_size - 1) + chunk_size - 1]
+        # The same in all blocks; pairs it does not reach to are in different chunks.
+        scores = scores + bias_between(bias.to(dtype), -offsets[0] * size, size, len(offsets) * size)
     weights = attention_weights(scores, visible, activation, softcap)
     divisor = local_divisor(normalizer, activation, layout, causal, dtype)
     if divisor is not None:

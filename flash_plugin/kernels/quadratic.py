@@ -9,6 +9,7 @@ from torch import Tensor
 from flash_plugin.kernels.activations import attention_weights, gated
 from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.layout import Layout, default_scale, local_divisor, state_dtype
+from flash_plugin.kernels.relative_bias import bias_between
 from flash_plugin.kernels.segments import Segments
 from flash_plugin.kernels.validation import (
     check_attention,
@@ -106,7 +107,7 @@ def quadratic_attention(
         scores = (wide_q[:, rows] @ wide_k[:, :end].mT) * scale
         queries, keys = layout.index[:, rows, None], layout.index[:, None, :end]
         if bias is not None:
-            scores = scores + bias.to(dtype)[queries - keys + length - 1]
+            scores = scores + bias_between(bias.to(dtype), first, rows.stop - first, end)
         visible = layout.chunk_start[:, rows, None] == layout.chunk_start[:, None, :end]
         if causal:
             visible = visible & (keys <= queries)
