@@ -91,9 +91,9 @@ class FlashForCausalLM(PreTrainedModel, GenerationMixin):
             labels: Token ids ``[b, s]``, -100 where there is nothing to predict; shifted here.
             use_cache: Whether to return a state. Unlike other models' it is False if not given, for scoring needs
                 none; ``generate`` asks for it.
-            output_attentions: Must not be True.
-            output_hidden_states: Must not be True.
-            return_dict: False returns a tuple.
+            output_attentions: Must not be True; None asks the configuration, in which it must not be either.
+            output_hidden_states: Likewise.
+            return_dict: False returns a tuple; None asks the configuration.
 
         Returns:
             Logits ``[b, s, vocab_size]`` in float32, the mean loss if there are labels, and the state.
@@ -103,10 +103,16 @@ class FlashForCausalLM(PreTrainedModel, GenerationMixin):
                 not have the length of the row; if the decoder's own caches are set up; or as
                 :meth:`flash_plugin.FlashDecoder.forward` says.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.use_return_dict
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
-                "inputs_embeds, output_attentions and output_hidden_states must be left out: FLASH takes token ids, "
-                "and has neither attention matrices nor hidden states to return"
+                "inputs_embeds, output_attentions and output_hidden_states must be left out, of the call and of "
+                "model.config: FLASH takes token ids, and has neither attention matrices nor hidden states to return"
             )
         if self.model.caches_are_setup():
             raise ValueError(
@@ -126,7 +132,7 @@ class FlashForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=state)
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(
         self,

@@ -67,6 +67,8 @@ def test_what_is_saved_gives_the_same_logits_under_torchtunes_names(name: str, t
         expected = model.model(tokens)
         assert torch.equal(loaded(tokens).logits, expected)
         assert torch.equal(model(tokens, return_dict=False)[0], expected)
+        model.config.return_dict = False
+        assert torch.equal(model(tokens)[0], expected) and torch.equal(model(tokens, return_dict=True).logits, expected)
     weights, own = load_file(tmp_path / "model.safetensors"), model.model.state_dict()
     assert weights.keys() == own.keys()
     assert all(torch.equal(weights[key], own[key]) for key in own)
@@ -267,6 +269,16 @@ def call(**arguments: Any) -> Callable[[], object]:
     return lambda: build()(draw(2, 6), **arguments)
 
 
+def configured(name: str) -> Callable[[], object]:
+    def run() -> object:
+        model = build()
+        setattr(model.config, name, True)
+        assert model(draw(1, 4), **{name: False}).logits.shape == (1, 4, VOCABULARY)  # the call has the last word
+        return model(draw(1, 4))  # does not mention it
+
+    return run
+
+
 def set_up_caches(model: FlashForCausalLM) -> FlashForCausalLM:
     model.model.setup_caches(1, torch.float32)
     return model
@@ -294,6 +306,8 @@ NODE = {"_component_": "flash_plugin.lora_flash_debug", "lora_attn_modules": ["v
         (call(attention_mask=torch.ones(2, 5)), r"attention_mask \(shape \(2, 5\)\) must be \[2, 6\]"),
         (call(attention_mask=torch.ones(2, 6)), r"attention_mask \(torch.float32\) must hold 1 at real tokens"),
         (call(output_attentions=True), "output_attentions and output_hidden_states must be left out"),
+        (configured("output_hidden_states"), "must be left out, of the call and of model.config"),
+        (configured("output_attentions"), "must be left out, of the call and of model.config"),
         (lambda: build().generate(draw(1, 9), output_hidden_states=True, return_dict_in_generate=True), "left out"),
         (lambda: set_up_caches(build())(draw(1, 9)), r"call torchtune.modules.delete_kv_caches\(model.model\) first"),
         (
