@@ -58,9 +58,10 @@ class InitialWeights(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module, seed: int, embedding_std: float = EMBEDDING_STD) -> None:
         self._seed = seed
         self._rules = {id(rule.parameter): (name, rule) for name, rule in _rules(model, embedding_std)}
-        named, keys = model.named_parameters(remove_duplicate=False), model.state_dict().keys()
+        # From the state dict itself, whose names are not always the modules': torchtune's FusionLayers change them.
+        held = model.state_dict(keep_vars=True).items()
         #: The model's own parameters, under their names in its state dict.
-        self.parameters = {name: parameter for name, parameter in named if name in keys}
+        self.parameters = {name: value for name, value in held if id(value) in self._rules}
 
     def __getitem__(self, name: str) -> Tensor:
         """Draw one tensor, in float32 on the CPU."""

@@ -12,6 +12,7 @@ from torchtune import training
 from flash_plugin.components.checkpointer import FlashCheckpointer
 from flash_plugin.components.initialization import InitialWeights, initialize_weights
 from tests.components.test_checkpointer import EMBEDDING, MODEL, build, digest
+from tests.components.test_cross_attention_models import fused
 
 
 def test_embeddings_start_as_wide_as_asked(tmp_path: Path) -> None:
@@ -34,3 +35,13 @@ def test_weights_that_modules_share_are_the_same_under_every_name(tied: bool) ->
     expected = model.state_dict()
     assert list(weights) == list(expected)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("decoder", ["flash", "torchtune"])
+def test_fusion_layers_weights_have_their_names_in_the_state_dict(decoder: str) -> None:
+    model = fused(decoder, "quadratic")
+    with torch.device("meta"):
+        weights = InitialWeights(fused(decoder, "quadratic"), seed=3)
+    initialize_weights(model, seed=3)
+    assert digest(dict(weights)) == digest(model.state_dict())
+    fused(decoder, "quadratic").load_state_dict(dict(weights), strict=True)
