@@ -15,12 +15,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flash_plugin", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list configs, with what launches each, and recipes")
-    cp = commands.add_parser("cp", help="copy a config or a recipe, with what it needs, as `tune cp` does torchtune's")
+    cp = commands.add_parser("cp", help="copy a config or a recipe, with what it needs or its header prepares with")
     cp.add_argument("name", metavar="NAME", help="such as flash_debug, or plot_loss.py for the recipe alone")
     cp.add_argument(
         "destination", metavar="DESTINATION", nargs="?", default=".", help="folder, or new path (default: .)"
     )
-    cp.add_argument("--force", action="store_true", help="replace files that are there")
+    cp.add_argument(
+        "--force", action="store_true", help="replace files that are there, but for those it is only prepared with"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.command == "ls":
         _list()
@@ -30,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    for path in copies:
-        print(f"Copied {path}")
+    for path, written in copies.items():
+        print(f"{'Copied' if written else 'Kept'} {path}")
     return 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -65,31 +65,31 @@ def find(name: str) -> str:
 
 def needed(name: str) -> list[str]:
     """The file itself, and whatever it reads, launches or imports of what comes with the package."""
-    found: list[str] = []
-    waiting = [name]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.append(current)
-            waiting += sorted(set(_mentioned(current)) - set(found))
-    return found
+    return _reached(name, _mentioned)
 
 
-def copy(name: str, destination: Path, *, overwrite: bool = False) -> list[Path]:
-    """Copy a config, or a recipe, with what it needs.
+def prepared_with(name: str) -> list[str]:
+    """What else comes with the package that the header says to prepare with, and whatever that needs in turn."""
+    own = needed(name)
+    return [one for one in _reached(name, lambda one: [*_mentioned(one), *_preparing(one)]) if one not in own]
+
+
+def copy(name: str, destination: Path, *, overwrite: bool = False) -> dict[Path, bool]:
+    """Copy a config, or a recipe, with what it needs, and what it is prepared with unless that is there.
 
     In the copies ``configs/NAME`` and ``recipes/NAME`` are ``NAME``: they are launched from the folder they lie in.
 
     Args:
         name: As :func:`find` takes it.
         destination: A folder, made if it is not there; or the path of the copy, with the suffix of the original.
-        overwrite: Whether files that are there may be replaced.
+        overwrite: Whether files that are there may be replaced. Those that ``name`` is only prepared with never are.
 
     Raises:
-        ValueError: If ``name`` is unknown, or a file is there and ``overwrite`` is False; nothing is written then.
+        ValueError: If ``name`` is unknown, a file is there and ``overwrite`` is False, or ``destination`` is where
+            another file belongs; nothing is written then.
 
     Returns:
-        The copies, that of ``name`` first.
+        The files, that of ``name`` first, and whether each was written; others were there.
     """
     wanted, source = find(name), home()
     renamed = destination.suffix == Path(wanted).suffix
@@ -102,13 +102,22 @@ def copy(name: str, destination: Path, *, overwrite: bool = False) -> list[Path]
         raise ValueError(
             f"DESTINATION ({', '.join(there)}) must not exist; say --force to replace, or name another folder"
         )
+    kept = []
+    for one in prepared_with(wanted):
+        path = folder / one.partition("/")[2]
+        if path == copies[wanted]:
+            raise ValueError(f"DESTINATION ({path}) must not be that of {one}, which comes along; give another name")
+        if path.exists():
+            kept.append(path)
+        else:
+            copies[one] = path
     for one, path in copies.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         text = _PATH.sub(
             lambda found: found[1] if (source / found[0]).exists() else found[0], (source / one).read_text()
         )
         path.write_text(text.replace(f"--config {Path(wanted).name}", f"--config {copies[wanted].name}"))
-    return list(copies.values())
+    return {**dict.fromkeys(copies.values(), True), **dict.fromkeys(kept, False)}
 
 
 def _header(text: str) -> Iterator[str]:
@@ -122,6 +131,18 @@ def _recipe_of(config: str) -> str | None:
     """The recipe of ours that a config is launched with."""
     _, _, recipe = described(config)[0].partition("python ")
     return recipe or None
+
+
+def _reached(name: str, mentioned: Callable[[str], Iterable[str]]) -> list[str]:
+    """A file, whatever it mentions, whatever that mentions, and so on."""
+    found: list[str] = []
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.append(current)
+            waiting += sorted(set(mentioned(current)) - set(found))
+    return found
 
 
 def _mentioned(name: str) -> Iterator[str]:
@@ -142,9 +163,21 @@ def _mentioned(name: str) -> Iterator[str]:
         for module in re.findall(r"_component_: (\w+)\.", content):
             if (home() / "recipes" / f"{module}.py").exists():
                 yield f"recipes/{module}.py"
-        for found in _PATH.finditer(content):
-            target = home() / found[0]
-            if target.is_dir():
-                yield from (f"{found[0]}/{inner.name}" for inner in sorted(target.iterdir()) if inner.is_file())
-            elif target.exists():
-                yield found[0]
+        yield from _paths(content)
+
+
+def _preparing(name: str) -> Iterator[str]:
+    """What the header of a config names where it says what to prepare, before it says how to launch."""
+    header = "\n".join(_header((home() / name).read_text()))
+    said = re.search(r"^# Prepare\b.*?(?=^# Launch\b)", header, re.MULTILINE | re.DOTALL)
+    return _paths(said[0] if said else "")
+
+
+def _paths(text: str) -> Iterator[str]:
+    """The files that a text names, and those in folders it names."""
+    for found in _PATH.finditer(text):
+        target = home() / found[0]
+        if target.is_dir():
+            yield from (f"{found[0]}/{inner.name}" for inner in sorted(target.iterdir()) if inner.is_file())
+        elif target.exists():
+            yield found[0]

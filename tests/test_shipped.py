@@ -43,6 +43,10 @@ def test_a_copy_needs_nothing_of_the_repository(name: str, tmp_path: Path) -> No
             siblings = {other.stem for other in (ROOT / "recipes").glob("*.py")}
             imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
             assert imported & siblings <= {other.stem for other in copies}
+    prepare = re.search(r"^# Prepare.*?(?=^# Launch)", (ROOT / f"configs/{name}.yaml").read_text(), re.M | re.S)
+    assert prepare
+    for named in re.findall(r"\b(?:configs|recipes)/(\S+?\.(?:yaml|py))\b", prepare[0]):
+        assert tmp_path / named in copies
     launched = re.search(r"python (\w+\.py) --config (\S+)", first.read_text())
     if launched and shipped.described(f"configs/{name}.yaml")[0].startswith("python"):
         assert (tmp_path / launched[1]).is_file()
@@ -56,10 +60,35 @@ def test_evaluation_comes_with_its_tasks(tmp_path: Path) -> None:
         assert OmegaConf.load(tmp_path / "eval_tasks" / original.name) == OmegaConf.load(original)
 
 
+def test_what_a_header_says_to_prepare_with_comes_along_and_is_kept_if_it_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = shipped.copy("flash_1b", tmp_path / "1b")
+    assert {path.name for path in copies} >= {"prepare_data.py", "prepare_data.yaml"}
+    assert "python prepare_data.py --config prepare_data.yaml" in (tmp_path / "1b/flash_1b.yaml").read_text()
+    shipped.copy("flash_debug", tmp_path)
+    (tmp_path / "flash_debug.yaml").write_text("mine")
+    for options in ([], ["--force"]):
+        assert main(["cp", "generate", str(tmp_path), *options]) == 0
+        printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [[said, Path(path).name] for said, path in printed] == [
+            ["Copied", "generate.yaml"],
+            ["Kept", "flash_debug.yaml"],
+        ]
+    assert (tmp_path / "flash_debug.yaml").read_text() == "mine"
+    # Its own recipe is another matter.
+    (tmp_path / "prepare_data.py").write_text("mine")
+    assert main(["cp", "prepare_data", str(tmp_path)]) == 1
+    assert "prepare_data.py) must not exist" in capsys.readouterr().err
+
+
 def test_a_copy_may_have_another_name(tmp_path: Path) -> None:
     (copied,) = shipped.copy("flash_debug.yaml", tmp_path / "new/mine.yaml")
     assert copied == tmp_path / "new/mine.yaml"
     assert "--config mine.yaml" in copied.read_text()
+    with pytest.raises(ValueError, match=r"flash_debug.yaml\) must not be that of configs/flash_debug.yaml"):
+        shipped.copy("generate", tmp_path / "other/flash_debug.yaml")
+    assert not (tmp_path / "other").exists()
 
 
 def test_nothing_is_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
