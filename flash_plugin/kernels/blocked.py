@@ -2,16 +2,18 @@
 
 The batched form (``batched.py``) writes every intermediate to memory for the whole sequence. On a CPU that costs more
 than the arithmetic: fresh pages for each large tensor, and a trip to main memory for each element-wise step. Here a
-chunk's work stays in cache, and the two products that make its output are one GEMM, ``[q_global | A] @ [S ; V]`` with S
-the running state.
+chunk's work stays in cache, and the two products that make its output are one GEMM, ``[q_global | A] @ [S ; V]`` with A
+the local attention weights and S the running state.
 
 The backward is written out for first derivatives. Under ``create_graph=True`` it differentiates the batched form.
 
-Shape legend: ``b`` batch, ``s`` sequence, ``c`` chunk size, ``z`` query/key width, ``e`` value width.
+Shape legend: ``b`` batch, ``n`` rows worked on together, ``s`` sequence, ``c`` chunk size, ``m`` tokens of one chunk,
+``z`` query/key width, ``e`` value width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +24,13 @@ from torch import Tensor
 from flash_plugin.kernels.activations import ELEMENTWISE, gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.layout import Layout, local_divisor
+from flash_plugin.kernels.products import onednn_gains, onednn_product, torch_product
 from flash_plugin.kernels.validation import in_eager_cpu
 
-# A chunk is worked on in at most four panels of at least so many rows: upper ones need not see the keys of lower ones.
-_PANEL = 64
+# A chunk is worked on in two panels of at least so many rows: the upper one need not see the keys of the lower one.
+_PANEL = 128
+# From c * z * e on, oneDNN's products of one row at a time take less time than PyTorch's of all rows at once.
+_LARGE = 2**22
 
 
 @dataclass(frozen=True)
@@ -74,50 +79,8 @@ def mixed_chunk_blocked(
     return _MixedChunk.apply(q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, options)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b``; one row goes to the plain GEMM, which is faster and writes to strided rows in place."""
-    if out.shape[0] == 1:
-        torch.mm(a[0], b[0], out=out[0])
-    else:
-        torch.bmm(a, b, out=out)
-
-
-def _accumulate(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out += a @ b``."""
-    if out.shape[0] == 1:
-        out[0].addmm_(a[0], b[0])
-    else:
-        out.baddbmm_(a, b)
-
-
-def _cut(tensor: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
-    """Whole chunks ``[b * n, c, w]`` and the shorter one behind them, if any, ``[b, r, w]``."""
-    whole = tensor.shape[1] // size * size
-    rest = tensor[:, whole:] if whole < tensor.shape[1] else None
-    return tensor[:, :whole].reshape(-1, size, tensor.shape[-1]), rest
-
-
-def _by_chunk(q: Tensor, k: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
-    """``q k^T`` of all whole chunks in one product, ``[b, n, c, c]``, and of the rest, ``[b, r, r]``."""
-    (q_whole, q_rest), (k_whole, k_rest) = _cut(q, size), _cut(k, size)
-    rest = None if q_rest is None or k_rest is None else torch.bmm(q_rest, k_rest.mT)
-    return torch.bmm(q_whole, k_whole.mT).unflatten(0, (q.shape[0], -1)), rest
-
-
-def _each_chunk(whole: Tensor, rest: Tensor | None) -> list[Tensor]:
-    """Views of each chunk's ``[b, c, c]``."""
-    return [*whole.unbind(1), *([] if rest is None else [rest])]
-
-
-def _back_by_chunk(whole: Tensor, rest: Tensor | None, other: Tensor) -> Tensor:
-    """Products of each chunk's ``[c, c]`` with its rows of ``other``, ``[b, s, z]``."""
-    other_whole, other_rest = _cut(other, whole.shape[-1])
-    out = torch.bmm(whole.flatten(0, 1), other_whole).view(other.shape[0], -1, other.shape[-1])
-    return out if rest is None or other_rest is None else torch.cat([out, torch.bmm(rest, other_rest)], dim=1)
-
-
 class _Workspace:
-    """Buffers of one chunk: ``weights`` is ``[q_global | A]``, ``values`` is ``[S ; V]``."""
+    """What is the same for all chunks, and the buffer ``[S ; V]`` of one."""
 
     def __init__(self, z: int, v: Tensor, bias: Tensor | None, options: Options) -> None:
         batch, length, expanded = v.shape
@@ -126,8 +89,10 @@ class _Workspace:
         self.z = z
         self.size = size
         self.chunks = [slice(first, min(first + size, length)) for first in range(0, length, size)]
-        self.weights = v.new_empty(batch, size, self.z + size)
-        self.values = v.new_empty(batch, self.z + size, expanded)
+        self.large = onednn_gains(v) and options.chunk_size * z * expanded >= _LARGE
+        #: Rows that are worked on together.
+        self.rows = [slice(row, row + 1) for row in range(batch)] if self.large else [slice(batch)]
+        self.values = v.new_empty(1 if self.large else batch, z + size, expanded)
         index = torch.arange(size)
         self.distance = index[:, None] - index + options.chunk_size - 1
         self.bias = None if bias is None else bias.to(v.dtype)[self.distance]
@@ -142,22 +107,31 @@ class _Workspace:
     def state(self) -> Tensor:
         return self.values[:, : self.z]
 
+    def product(self, m: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """What multiplies in chunks of m tokens; the last may have any m, and oneDNN would generate code for each."""
+        return onednn_product if self.large and m == self.options.chunk_size else torch_product
+
     def finish_scores(self, products: Tensor) -> None:
         """Turn ``q k^T`` into scores, in place."""
-        products.mul_(self.options.scale)
-        if self.bias is not None:
-            products.add_(self.bias[: products.shape[1], : products.shape[1]])
+        m = products.shape[1]
+        if self.bias is None:
+            products.mul_(self.options.scale)
+        else:
+            torch.add(self.bias[:m, :m], products, alpha=self.options.scale, out=products)
 
-    def load(self, q_global: Tensor, factor: Tensor, v: Tensor, scores: Tensor) -> None:
-        m = q_global.shape[1]
-        weights = ELEMENTWISE[self.options.activation].function(scores)
-        torch.mul(q_global, factor, out=self.weights[:, :m, : self.z])
-        torch.mul(weights, self.mask[:m, :m], out=self.weights[:, :m, self.z : self.z + m])
-        values = self.values[:, self.z : self.z + m]
+    def load_values(self, v: Tensor) -> Tensor:
+        """Put the values of a chunk behind the state."""
+        values = self.values[:, self.z : self.z + v.shape[1]]
         if self.options.silu:
             torch.ops.aten.silu.out(v, out=values)
         else:
             values.copy_(v)
+        return values
+
+    def load_weights(self, scores: Tensor, out: Tensor) -> None:
+        """Turn the scores of a chunk into weights."""
+        m = scores.shape[1]
+        torch.mul(ELEMENTWISE[self.options.activation].function(scores), self.mask[:m, :m], out=out)
 
     def activated(self, tensor: Tensor) -> Tensor:
         return F.silu(tensor) if self.options.silu else tensor
@@ -169,10 +143,12 @@ class _Workspace:
         else:
             out.copy_(gradient)
 
-    def panels(self, m: int) -> list[tuple[slice, int]]:
-        """Rows, and how many columns of ``weights`` they see."""
-        height = max(-(-m // 4), _PANEL)
-        return [(slice(top, min(top + height, m)), self.z + min(top + height, m)) for top in range(0, m, height)]
+    def panels(self, chunk: slice) -> list[tuple[slice, slice]]:
+        """Tokens of each panel, within the sequence and within the chunk."""
+        m = chunk.stop - chunk.start
+        height = max(-(-m // 2), _PANEL)
+        inside = [slice(top, min(top + height, m)) for top in range(0, m, height)]
+        return [(slice(chunk.start + p.start, chunk.start + p.stop), p) for p in inside]
 
 
 class _MixedChunk(torch.autograd.Function):
@@ -190,91 +166,116 @@ class _MixedChunk(torch.autograd.Function):
         factor: Tensor,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
-        work = _Workspace(q_global.shape[-1], v, bias, options)
-        factor = factor.to(v.dtype).unsqueeze(-1)
-        state = work.state.zero_() if initial_kv is None else work.state.copy_(initial_kv)
-        scores = _by_chunk(q_local, k_local, work.size)
-        states = v.new_empty(len(work.chunks), *state.shape)
-        mixed = v.new_empty(v.shape)
-        out = mixed if gate is None else v.new_empty(v.shape)
-        for j, (rows, x) in enumerate(zip(work.chunks, _each_chunk(*scores), strict=True)):
-            m = rows.stop - rows.start
-            states[j] = state
-            work.finish_scores(x)
-            work.load(q_global[:, rows], factor[:, rows], v[:, rows], x)
-            for top, width in work.panels(m):
-                seen = slice(0 if j or initial_kv is not None else work.z, width)
-                _product(work.weights[:, top, seen], work.values[:, seen], mixed[:, rows][:, top])
-            if gate is not None:
-                torch.mul(mixed[:, rows], work.activated(gate[:, rows]), out=out[:, rows])
-            if options.final_state or j + 1 < len(work.chunks):
-                _accumulate(k_global[:, rows].mT, work.values[:, work.z : work.z + m], state)
+        z = q_global.shape[-1]
+        work = _Workspace(z, v, bias, options)
+        factor = factor.to(v.dtype).unsqueeze(-1).expand(len(v), -1, -1)
+        out, final = v.new_empty(v.shape), v.new_empty(len(v), z, v.shape[-1])
+        # Behind each chunk of all rows; of each chunk of each group of rows; and of each of its panels.
+        states = v.new_empty(len(work.chunks), *final.shape)
+        scores: list[Tensor] = []
+        mixed: list[Tensor] = []
+        weights = v.new_empty(len(work.values), work.size, z + work.size)  # [q_global | A]
+        for n in work.rows:
+            state = work.state.zero_() if initial_kv is None else work.state.copy_(initial_kv[n])
+            for j, t in enumerate(work.chunks):
+                m = t.stop - t.start
+                product = work.product(m)
+                states[j, n] = state
+                x = product(q_local[n, t], k_local[n, t].mT)
+                work.finish_scores(x)
+                scores.append(x)
+                work.load_weights(x, weights[:, :m, z : z + m])
+                torch.mul(q_global[n, t], factor[n, t], out=weights[:, :m, :z])
+                values = work.load_values(v[n, t])
+                # The first chunk has no state behind it unless one was given.
+                first = 0 if j or initial_kv is not None else z
+                for tokens, p in work.panels(t):
+                    seen = slice(first, z + p.stop)
+                    y = product(weights[:, p, seen], work.values[:, seen])
+                    mixed.append(y)
+                    if gate is None:
+                        out[n, tokens] = y
+                    else:
+                        torch.mul(y, work.activated(gate[n, tokens]), out=out[n, tokens])
+                if options.final_state or j + 1 < len(work.chunks):
+                    state += product(k_global[n, t].mT, values)
+            final[n] = state
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.save_for_backward(
-            q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, *scores, states, mixed
+            q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, states, *scores, *mixed
         )
-        return out, state.clone()
+        return out, final
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, factor, whole, rest, states, mixed = ctx.saved_tensors
+        saved = ctx.saved_tensors  # under activation checkpointing they can be asked for once
+        inputs, (factor, states, *rest) = list(saved[:8]), saved[8:]
         if torch.is_grad_enabled():
             return (*_differentiable_backward(inputs, factor, grad, grad_state, ctx.options), None, None)
         q_local, k_local, q_global, k_global, v, gate, bias, initial_kv = inputs
-        work = _Workspace(q_global.shape[-1], v, bias, ctx.options)
-        z, derivative = work.z, ELEMENTWISE[ctx.options.activation].derivative
+        z = q_global.shape[-1]
+        work = _Workspace(z, v, bias, ctx.options)
+        size, derivative = work.size, ELEMENTWISE[ctx.options.activation].derivative
+        # Everything here goes backward: what was made last is taken from them first.
+        scores, mixed = rest[: len(work.rows) * len(work.chunks)], rest[len(work.rows) * len(work.chunks) :]
         if grad is None:
             grad = torch.zeros_like(v)
-        dq_global, dk_global, dv = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q_global, k_global, v)
+        dq_local, dk_local, dq_global, dk_global, dv = (
+            torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (q_local, k_local, q_global, k_global, v)
         )
         dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
-        dbias = None if work.bias is None else torch.zeros_like(work.bias)
-        # Gradients of ``weights`` and ``values``; the state's part of the latter is carried from chunk to chunk.
-        dweights, dvalues = torch.zeros_like(work.weights), torch.empty_like(work.values)
-        dstate = dvalues[:, :z].zero_() if grad_state is None else dvalues[:, :z].copy_(grad_state)
-        dwhole, drest = torch.empty_like(whole), None if rest is None else torch.empty_like(rest)
-        scores, dscores = _each_chunk(whole, rest), _each_chunk(dwhole, drest)
-        for j, rows in reversed(list(enumerate(work.chunks))):
-            m = rows.stop - rows.start
-            x, dx, dmixed = scores[j], dscores[j], grad[:, rows]
-            if gate is not None and dgate is not None:
-                work.before_activation(dmixed * mixed[:, rows], gate[:, rows], dgate[:, rows])
-                dmixed = dmixed * work.activated(gate[:, rows])
-            work.state.copy_(states[j])
-            work.load(q_global[:, rows], factor[:, rows], v[:, rows], x)
-            # Later chunks reach this one's keys and values through the state alone.
-            if grad_state is None and j + 1 == len(work.chunks):
-                dk_global[:, rows] = 0
-                dvalues[:, z : z + m] = 0
-            else:
-                _product(work.values[:, z : z + m], dstate.mT, dk_global[:, rows])
-                _product(k_global[:, rows], dstate, dvalues[:, z : z + m])
-            # The first chunk has no state behind it unless one was given.
-            seen_from = 0 if j or initial_kv is not None else z
-            for top, width in work.panels(m):
-                seen = slice(seen_from, width)
-                _product(dmixed[:, top], work.values[:, seen].mT, dweights[:, top, seen])
-            for top, width in work.panels(m):
-                # Columns up to ``width`` that the panels above do not reach are seen from this panel's rows on.
-                weights = work.weights[:, top.start : m, seen_from:width]
-                _accumulate(weights.mT, dmixed[:, top.start :], dvalues[:, seen_from:width])
-                seen_from = width
-            if j or initial_kv is not None:
-                torch.mul(dweights[:, :m, :z], factor[:, rows], out=dq_global[:, rows])
-            else:
-                dq_global[:, rows] = 0
-            work.before_activation(dvalues[:, z : z + m], v[:, rows], dv[:, rows])
-            torch.mul(dweights[:, :m, z : z + m], work.mask[:m, :m], out=dx).mul_(derivative(x))
-            if dbias is not None:
-                dbias[:m, :m] += dx.sum(0)
-            dx.mul_(ctx.options.scale)
-        dq_local = _back_by_chunk(dwhole, drest, k_local)
-        dk_local = _back_by_chunk(dwhole.mT, None if drest is None else drest.mT, q_local)
+        dinitial = None if initial_kv is None else torch.empty_like(initial_kv)
+        # The gradient of the values is ``[A^T | k_global] @ [dmixed ; dS]``. The latter is carried from chunk to chunk.
+        keys = v.new_empty(len(work.values), size, size + z)
+        grads = torch.empty_like(work.values)
+        dstate = grads[:, size:]
+        dbias = None if bias is None else v.new_zeros(len(work.values), size, size)
+        for n in reversed(work.rows):
+            dstate.zero_() if grad_state is None else dstate.copy_(grad_state[n])
+            for j, t in reversed(list(enumerate(work.chunks))):
+                m = t.stop - t.start
+                product = work.product(m)
+                x = scores.pop()
+                dx = torch.zeros_like(x)  # for the upper panel, whose right half nobody writes
+                work.state.copy_(states[j, n])
+                values = work.load_values(v[n, t])
+                work.load_weights(x, keys[:, :m, size - m : size].mT)
+                keys[:, :m, size:] = k_global[n, t]
+                dmixed = grads[:, size - m : size]
+                # Later chunks reach this one's keys and values through the state alone.
+                last = grad_state is None and j + 1 == len(work.chunks)
+                first = 0 if j or initial_kv is not None else z
+                for tokens, p in reversed(work.panels(t)):
+                    y = mixed.pop()
+                    if gate is None or dgate is None:
+                        dmixed[:, p] = grad[n, tokens]
+                    else:
+                        work.before_activation(grad[n, tokens] * y, gate[n, tokens], dgate[n, tokens])
+                        torch.mul(grad[n, tokens], work.activated(gate[n, tokens]), out=dmixed[:, p])
+                    seen_by = slice(size - m + p.start, size if last else size + z)
+                    work.before_activation(product(keys[:, p, seen_by], grads[:, seen_by]), v[n, tokens], dv[n, tokens])
+                    seen = slice(0, p.stop)
+                    dweights = product(dmixed[:, p], work.values[:, first : z + p.stop].mT)
+                    if first:
+                        dq_global[n, tokens] = 0
+                    else:
+                        torch.mul(dweights[..., :z], factor[n, tokens], out=dq_global[n, tokens])
+                    torch.mul(dweights[..., z - first :], work.mask[p, seen], out=dx[:, p, seen])
+                dx.mul_(derivative(x))
+                if dbias is not None:
+                    dbias[:, :m, :m] += dx
+                dx.mul_(ctx.options.scale)
+                dq_local[n, t] = product(dx, k_local[n, t])
+                dk_local[n, t] = product(dx.mT, q_local[n, t])
+                dk_global[n, t] = 0 if last else product(values, dstate.mT)
+                if not first:
+                    dstate += product((q_global[n, t] * factor[n, t]).mT, dmixed)
+            if dinitial is not None:
+                dinitial[n] = dstate
         if bias is not None and dbias is not None:
-            dbias = torch.zeros_like(bias).index_add_(0, work.distance.flatten(), dbias.flatten().to(bias.dtype))
-        dinitial = None if initial_kv is None else dstate.to(initial_kv.dtype)
+            dbias = torch.zeros_like(bias).index_add_(0, work.distance.flatten(), dbias.sum(0).flatten().to(bias.dtype))
         return dq_local, dk_local, dq_global, dk_global, dv, dgate, dbias, dinitial, None, None
 
 
