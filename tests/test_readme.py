@@ -24,7 +24,7 @@ def test_tables_are_what_make_figures_writes(monkeypatch: pytest.MonkeyPatch) ->
 
     results = figures.read(OmegaConf.load("configs/figures.yaml"))
     assert figures.render(README, results) == README
-    changed = README.replace("| 2,048 | 1.41 |", "| 2,048 | 1.21 |")
+    changed = re.sub(r"\| 2,048 \| \d\.\d\d \|", "| 2,048 | 0.01 |", README)
     assert changed != README
     assert figures.render(changed, results) == README
     with pytest.raises(ValueError, match="layer"):
