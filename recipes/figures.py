@@ -22,6 +22,7 @@ from torchtune import config
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_RUN = "not run"
@@ -231,27 +232,27 @@ def render(readme: str, results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Two panels: how fast FLASH and its rivals train, and how well they do after a short training."""
-    figure, (speed, loss) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    """How fast FLASH and its rivals train, and how well they do after a short training on bytes and on BPE tokens."""
+    figure, (speed, *losses) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=[1.3, 1, 1], layout="constrained")
     seq_lens = lengths(results.training)
     for name, label in {"flash": "FLASH", **TRAINED}.items():
         rates = [training_row(results.training, name, n)["tokens_per_s_p50"] for n in seq_lens]
         speed.plot(seq_lens, [float(r or "nan") for r in rates], marker="o", markersize=4, label=label)
-    speed.set(
-        title="training, tokens/s (up is faster)",
-        xscale="log",
-        yscale="log",
-        xlabel="sequence, tokens",
-    )
+    speed.set(title="training, tokens/s (up is faster)", xscale="log", yscale="log", xlabel="sequence, tokens")
     speed.set_xticks(seq_lens, [f"{n:,}" for n in seq_lens])
-    speed.minorticks_off()
+    speed.yaxis.set_minor_formatter("{x:,.0f}")
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    speed.tick_params(which="both", labelsize="small")
+    speed.xaxis.set_minor_locator(NullLocator())
     speed.legend(fontsize="small")
     speed.grid(alpha=0.3)
     trained = lengths(results.quality)[0]
-    shown = {model: label for model, label in FAMILIES.items() if bits(results.quality, "bytes", model, trained)}
-    values = [bits(results.quality, "bytes", model, trained) for model in shown]
-    panel(loss, values, [label.replace("`", "") for label in shown.values()])
-    loss.set_title("held-out bits per byte after a short training (left is better)", fontsize="medium")
+    for axes, (text, label) in zip(losses, (("bytes", "bytes"), ("bpe", "BPE tokens")), strict=True):
+        shown = {model: name for model, name in FAMILIES.items() if bits(results.quality, text, model, trained)}
+        names = [re.sub(" (position|with)", r"\n\1", name.replace("`", "")) for name in shown.values()]
+        values = [bits(results.quality, text, model, trained) for model in shown]
+        panel(axes, values, names if axes is losses[0] else [""] * len(names))
+        axes.set_title(f"held-out bits per byte, {label}\n(a short training; left is better)", fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
