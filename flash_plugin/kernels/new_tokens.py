@@ -108,7 +108,7 @@ def place_new_tokens(
     cursor = torch.stack([begin[:, -1], position[:, -1], fed + length], dim=1)
     new = NewTokens(position, begin, index, continues, cursor, segments, _one_run(start), empty)
     if length == 1:
-        new.steps.update({size: new._step(size) for size in sorted(set(chunk_sizes))})
+        new.steps.update({size: new._step(size) for size in dict.fromkeys(chunk_sizes)})
     return new
 
 

@@ -59,8 +59,8 @@ class Segments:
 
     def with_chunks(self, chunk_sizes: Iterable[int]) -> Segments:
         """Return the same segments with the grids of ``chunk_sizes`` worked out."""
-        # Not dataclasses.replace, which torch 2.11 does not compile.
-        grids = {size: self._cut(size) for size in sorted(set(chunk_sizes))}
+        # No set of the sizes: torch 2.11 does not compile its sorting.
+        grids = {size: self._cut(size) for size in dict.fromkeys(chunk_sizes)}
         return Segments(self.position, self.start, self.end, self.real, self.single, grids)
 
     def chunks(self, chunk_size: int) -> ChunkGrid:
