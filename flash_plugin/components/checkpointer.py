@@ -124,8 +124,8 @@ class FlashCheckpointer(FullModelTorchTuneCheckpointer):
             raise ValueError(f"keep_last ({keep_last!r}) must be a positive integer, or null to keep all; set it so")
         if type(init_seed) is not int:
             raise ValueError(f"init_seed ({init_seed!r}) must be an integer; set checkpointer.init_seed=0")
-        self._keep_last = keep_last
         check_embedding_std(init_embedding_std)
+        self._keep_last = keep_last
         self._init_model, self._init_seed, self._quantizer = dict(init_model or {}), init_seed, dict(quantizer or {})
         self._init_embedding_std = init_embedding_std
         self._output_dir = Path(output_dir)

@@ -25,6 +25,7 @@ from flash_plugin.kernels.activations import ELEMENTWISE, gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
 from flash_plugin.kernels.layout import Layout, local_divisor
 from flash_plugin.kernels.products import onednn_gains, onednn_product, torch_product
+from flash_plugin.kernels.relative_bias import bias_between
 from flash_plugin.kernels.validation import in_eager_cpu
 
 # A chunk is worked on in two panels of at least so many rows: the upper one need not see the keys of the lower one.
@@ -93,9 +94,7 @@ class _Workspace:
         #: Rows that are worked on together.
         self.rows = [slice(row, row + 1) for row in range(batch)] if self.large else [slice(batch)]
         self.values = v.new_empty(1 if self.large else batch, z + size, expanded)
-        index = torch.arange(size)
-        self.distance = index[:, None] - index + options.chunk_size - 1
-        self.bias = None if bias is None else bias.to(v.dtype)[self.distance]
+        self.bias = None if bias is None else bias_between(bias.to(v.dtype), 0, size, size)
         # 1 / keys visible in the chunk at visible pairs, 0 elsewhere.
         self.mask = torch.ones(size, size, dtype=v.dtype).tril()
         layout = Layout.of(None, size, None, v.device)
@@ -275,7 +274,9 @@ class _MixedChunk(torch.autograd.Function):
             if dinitial is not None:
                 dinitial[n] = dstate
         if bias is not None and dbias is not None:
-            dbias = torch.zeros_like(bias).index_add_(0, work.distance.flatten(), dbias.sum(0).flatten().to(bias.dtype))
+            index = torch.arange(size)
+            distance = index[:, None] - index + len(bias) // 2
+            dbias = torch.zeros_like(bias).index_add_(0, distance.flatten(), dbias.sum(0).flatten().to(bias.dtype))
         return dq_local, dk_local, dq_global, dk_global, dv, dgate, dbias, dinitial, None, None
 
 

@@ -9,7 +9,7 @@ Shape legend: ``b`` batch, ``s`` sequence.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,8 +60,7 @@ class Segments:
     def with_chunks(self, chunk_sizes: Iterable[int]) -> Segments:
         """Return the same segments with the grids of ``chunk_sizes`` worked out."""
         # No set of the sizes: torch 2.11 does not compile its sorting.
-        grids = {size: self._cut(size) for size in dict.fromkeys(chunk_sizes)}
-        return Segments(self.position, self.start, self.end, self.real, self.single, grids)
+        return replace(self, grids={size: self._cut(size) for size in dict.fromkeys(chunk_sizes)})
 
     def chunks(self, chunk_size: int) -> ChunkGrid:
         """Return the grid whose boundaries lie where documents start and where positions are multiples of c."""
