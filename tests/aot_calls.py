@@ -132,11 +132,13 @@ def projections(
     _backward(offset_scale(*inputs, angles=angles, silu=silu, impl="triton"), inputs)
 
 
-def norm(op: Callable[..., Tensor], dtype: torch.dtype = BF16, d: int = 2048, *, packed: bool = False) -> None:
+def norm(
+    op: Callable[..., Any], dtype: torch.dtype = BF16, d: int = 2048, *, packed: bool = False, residual: bool = False
+) -> None:
     """A norm with the token shift, forward and backward for every input."""
     inputs = [_input(BATCH, LENGTH, d, dtype=dtype), _input(1 if op is scale_norm else d, dtype=FP32)]
     segments = _packed(LENGTH) if packed else None
-    _backward(op(*inputs, 1e-6, token_shift=True, segments=segments, impl="triton"), inputs)
+    _backward(op(*inputs, 1e-6, token_shift=True, segments=segments, residual=residual, impl="triton"), inputs)
 
 
 CALLS: dict[str, Callable[[], None]] = {
@@ -165,7 +167,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "offset-scale fp32, 2, by row": partial(projections, FP32, count=2, by_row=True),
     "offset-scale bf16 z 48, some rotate": partial(projections, z=48, rotated=32),
     "offset-scale bf16, none rotates": partial(projections, rotated=0, silu=False),
-    "RMS norm bf16": partial(norm, rms_norm),
+    "RMS norm bf16": partial(norm, rms_norm, residual=True),
     "RMS norm fp32, packed": partial(norm, rms_norm, FP32, packed=True),
     "ScaleNorm bf16 d 8192, packed": partial(norm, scale_norm, d=8192, packed=True),
 }

@@ -113,14 +113,15 @@ class FlashLayer(TransformerSelfAttentionLayer):
         if self.post_norm:
             summed: Tensor = self.sa_norm(x + self.attn(x, segments, new))
             return summed
-        if not self.token_shift:
-            normalised = self.sa_norm(x)
-        elif cache is not None and new is not None:
+        if self.token_shift and cache is not None and new is not None:
             features, kept = self.sa_norm(x).chunk(2, dim=-1)
             features = shift_tokens(features, new.segments, cache.shift(features, new))
             normalised = torch.cat([features, kept], dim=-1)
         elif isinstance(self.sa_norm, RMSNorm | ScaleNorm):
-            normalised = self.sa_norm(x, token_shift=True, segments=segments)
+            shifted = segments if self.token_shift else None
+            normalised, x = self.sa_norm(x, token_shift=self.token_shift, segments=shifted, residual=True)
         else:
-            normalised = shift_half(self.sa_norm(x), segments)
+            normalised = self.sa_norm(x)
+            if self.token_shift:
+                normalised = shift_half(normalised, segments)
         return x + self.attn(normalised, segments, new)

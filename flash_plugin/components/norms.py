@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,9 +27,13 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps)
         self.epsilon = eps
 
-    def forward(self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None) -> Tensor:
-        """Normalise ``[..., d]``, and shift tokens ``[b, s, d]`` in the same pass where the op can."""
-        return rms_norm(x, local(self.weight), self.epsilon, token_shift=token_shift, segments=segments)
+    def forward(
+        self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None, residual: bool = False
+    ) -> Any:
+        """What the op gives: ``[..., d]`` normalised; for a ``residual`` this and ``x``."""
+        return rms_norm(
+            x, local(self.weight), self.epsilon, token_shift=token_shift, segments=segments, residual=residual
+        )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -53,9 +59,11 @@ class ScaleNorm(nn.Module):
         # One element, not a scalar: FSDP cannot shard a parameter without axes.
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None) -> Tensor:
-        """Normalise ``[..., d]``, and shift tokens ``[b, s, d]`` in the same pass where the op can."""
-        return scale_norm(x, local(self.scale), self.eps, token_shift=token_shift, segments=segments)
+    def forward(
+        self, x: Tensor, *, token_shift: bool = False, segments: Segments | None = None, residual: bool = False
+    ) -> Any:
+        """What the op gives: ``[..., d]`` normalised; for a ``residual`` this and ``x``."""
+        return scale_norm(x, local(self.scale), self.eps, token_shift=token_shift, segments=segments, residual=residual)
 
 
 def build_norm(name: str, dim: int, eps: float) -> nn.Module:

@@ -23,7 +23,8 @@ def differentiable_backward(
     """
     # Views of them: one input may be another, or made from it, and each must get its own part of the gradient alone.
     inputs = [tensor.view_as(tensor) for tensor in inputs]
-    pairs = [(out, grad) for out, grad in zip(plain(*inputs), grads, strict=True) if grad is not None]
+    outs = zip(plain(*inputs), grads, strict=True)
+    pairs = [(out, grad) for out, grad in outs if grad is not None and out.requires_grad]
     found = iter(
         torch.autograd.grad(
             [out for out, _ in pairs],

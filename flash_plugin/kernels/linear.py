@@ -16,6 +16,7 @@ from flash_plugin.kernels.validation import (
     check_segments,
     check_state,
     check_values,
+    is_number,
     size_not_in_triton,
     use_triton,
 )
@@ -68,6 +69,9 @@ def linear_attention(
     check_segments(segments, q)
     batch, heads, length, _ = v.shape
     check_state(initial_state, causal, return_state, (batch, heads, q.shape[-1], v.shape[-1]))
+    for name, value in (("scale", scale), ("eps", eps)):
+        if not is_number(value):
+            raise ValueError(f"{name} ({value!r}) must be a number; multiply q by a scale that is learned")
     sums_keys = normalize or return_state
     check_key_sum(initial_state, sums_keys)
     segmented = segments is not None and not segments.single

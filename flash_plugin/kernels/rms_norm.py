@@ -1,8 +1,9 @@
 """Norms by the root mean square, RMS norm and ScaleNorm, with the token shift where that follows them.
 
-PyTorch's RMS norm is one kernel forward and one backward on CUDA, and stays in use there. The Triton kernels are for
-what it has none for: the token shift, which behind a norm moves twice the norm's memory again, and ScaleNorm. On a CPU
-the backward of PyTorch's RMS norm writes each of its steps to memory; the one written out here does not.
+PyTorch's RMS norm is one kernel forward and one backward on CUDA, and stays in use there by itself. The Triton kernels
+are for what it has none for: the token shift, which behind a norm moves twice the norm's memory again, the residual,
+whose gradient autograd adds in a pass of its own, and ScaleNorm. On a CPU the backward of PyTorch's RMS norm writes
+each of its steps to memory; the one written out here does not.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ def rms_norm(
     *,
     token_shift: bool = False,
     segments: Segments | None = None,
+    residual: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (Zhang & Sennrich 2019).
 
     ``auto`` is torch's own function, but for float32 and float64 on a CPU, where its backward is a chain of
-    element-wise steps and this one is three times as fast, and for a token shift on CUDA outside ``torch.compile``,
-    which Triton does in the same pass.
+    element-wise steps and this one is three times as fast, and for a token shift or a residual's gradient on CUDA
+    outside ``torch.compile``, which Triton does in the same pass.
 
     Args:
         x: Input, ``[..., d]``; ``[b, s, d]`` for a token shift.
@@ -45,6 +47,8 @@ def rms_norm(
         token_shift: Afterwards take the first half of each token's features from the token before it in its document,
             0 where there is none.
         segments: Documents, for the token shift; None means one a row.
+        residual: Return ``x`` as well, for the residual connection around what follows: if that takes the returned
+            one, the backward adds its gradient to the norm's own in the same pass.
         impl: ``auto``, ``triton`` or ``reference``.
 
     Raises:
@@ -52,17 +56,19 @@ def rms_norm(
         RuntimeError: If ``impl`` cannot run here.
 
     Returns:
-        The shape and dtype of ``x``.
+        The shape and dtype of ``x``; with ``residual`` this and ``x``.
     """
     _check_weight("weight", weight, x, x.shape[-1])
     check_token_shift(x, token_shift, segments)
-    if _in_triton(x, impl, lacks_in_torch=token_shift):
-        return _triton_norm(x, weight, eps, token_shift, segments, scale=False)
+    if _in_triton(x, impl, lacks_in_torch=token_shift or residual):
+        return _triton_norm(x, weight, eps, token_shift, segments, residual, scale=False)
     if in_eager_cpu(x) and weight.dtype == x.dtype:
-        out = _RmsNorm.apply(x, weight, eps)
+        out, x = _RmsNorm.apply(x, weight, eps)
     else:
         out = F.rms_norm(x, weight.shape, weight, eps)
-    return shift_half(out, segments) if token_shift else out
+    if token_shift:
+        out = shift_half(out, segments)
+    return (out, x) if residual else out
 
 
 def scale_norm(
@@ -72,8 +78,9 @@ def scale_norm(
     *,
     token_shift: bool = False,
     segments: Segments | None = None,
+    residual: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``x / max(||x|| / sqrt(d), eps) * scale`` over the last axis (Nguyen & Salazar 2019).
 
     ``auto`` runs Triton on CUDA outside ``torch.compile``: PyTorch takes five passes in float32.
@@ -84,6 +91,7 @@ def scale_norm(
         eps: Smallest root mean square that is divided by.
         token_shift: As for :func:`rms_norm`.
         segments: As for :func:`rms_norm`.
+        residual: As for :func:`rms_norm`.
         impl: ``auto``, ``triton`` or ``reference``.
 
     Raises:
@@ -91,37 +99,50 @@ def scale_norm(
         RuntimeError: If ``impl`` cannot run here.
 
     Returns:
-        The shape and dtype of ``x``.
+        The shape and dtype of ``x``; with ``residual`` this and ``x``.
     """
     _check_weight("scale", scale, x, 1)
     check_token_shift(x, token_shift, segments)
     if _in_triton(x, impl, lacks_in_torch=True):
-        return _triton_norm(x, scale, eps, token_shift, segments, scale=True)
+        return _triton_norm(x, scale, eps, token_shift, segments, residual, scale=True)
     wide = x.to(state_dtype(x.dtype))
     size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
     out = ((wide / size.clamp(min=eps)).to(x.dtype) * scale).to(x.dtype)
-    return shift_half(out, segments) if token_shift else out
+    if token_shift:
+        out = shift_half(out, segments)
+    return (out, x) if residual else out
 
 
 class _RmsNorm(torch.autograd.Function):
+    """The norm of x, and x: what is added to it later has its gradient added here, in place."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.eps = eps
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        ctx.set_materialize_grads(False)
+        return (x * inverse).mul_(weight), x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return residual, None, None
         x, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate torch's own function instead
-            plain = lambda x, weight: (F.rms_norm(x, weight.shape, weight, ctx.eps),)  # noqa: E731
-            return (*differentiable_backward(plain, (x, weight), (grad,)), None)
+            plain = lambda x, weight: (F.rms_norm(x, weight.shape, weight, ctx.eps), x)  # noqa: E731
+            return (*differentiable_backward(plain, (x, weight), (grad, residual)), None)
         # Layer normalisation about a mean of 0 has this backward, but for the mean of the gradient that it takes out.
+        wanted = ctx.needs_input_grad
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
+            grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [wanted[0], wanted[1], False]
         )
-        return dx.addcmul_(inverse, (grad @ weight).unsqueeze(-1).div_(x.shape[-1])), dweight, None
+        if wanted[0]:
+            with torch.autocast("cpu", enabled=False):  # a backward may run where it is on
+                dx.addcmul_(inverse, (grad @ weight).unsqueeze(-1).div_(x.shape[-1]))
+            if residual is not None:
+                dx.add_(residual)
+        return dx, dweight, None
 
 
 def _in_triton(x: Tensor, impl: str, *, lacks_in_torch: bool) -> bool:
@@ -136,12 +157,12 @@ def _in_triton(x: Tensor, impl: str, *, lacks_in_torch: bool) -> bool:
 
 
 def _triton_norm(
-    x: Tensor, weight: Tensor, eps: float, token_shift: bool, segments: Segments | None, *, scale: bool
-) -> Tensor:
-    from flash_plugin.kernels.triton.normalization import norm
+    x: Tensor, weight: Tensor, eps: float, token_shift: bool, segments: Segments | None, residual: bool, *, scale: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    from flash_plugin.kernels.triton.normalization import norm, norm_and_residual
 
     start = None if segments is None or segments.single else segments.start
-    return norm(x, weight, start, eps, scale, token_shift)
+    return (norm_and_residual if residual else norm)(x, weight, start, eps, scale, token_shift)
 
 
 def _check_weight(name: str, weight: Tensor, x: Tensor, width: int) -> None:

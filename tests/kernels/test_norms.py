@@ -33,33 +33,52 @@ def check(
     inputs: Tensors,
     dtypes: Any = (torch.float32, torch.float64),
     impl: str = "reference",
+    *,
+    residual: bool = False,
 ) -> None:
-    """A norm against the oracle, with the token shift if there is a layout."""
+    """A norm against the oracle, with the token shift if there is a layout, and with a residual's gradient if asked."""
     b, s, _ = inputs["x"].shape
-    op = partial(NORMS[norm], impl=impl)
+    op = partial(NORMS[norm], impl=impl, residual=residual)
     shift: dict[str, Any] = {} if layout is None else {"token_shift": True, "segments": segments_of(layout)}
     expected = {"eps": EPS, "scale_norm": norm == "scale", "token_shift": layout is not None, **(layout or {})}
 
     real = real_tokens(layout or make_layout("one", b, s), b, s)
 
-    def with_square(out: Tensor) -> list[Tensor]:
+    def with_square(out: Tensor, *kept: Tensor) -> list[Tensor]:
         """The output; and a sum of squares, as without one the gradient of a single scale may cancel to nothing."""
-        return [out, torch.where(real[..., None], out.double().square(), 0.0).sum()[None]]
+        return [out, torch.where(real[..., None], out.double().square(), 0.0).sum()[None], *kept]
+
+    def ours(x: Tensors) -> list[Tensor]:
+        out = op(x["x"], x["weight"], EPS, **shift)
+        return with_square(*out) if residual else with_square(out)
 
     compare(
-        {norm: lambda x: with_square(op(x["x"], x["weight"], EPS, **shift))},
-        lambda x: with_square(oracle.norm(**x, **expected)),
+        {norm: ours},
+        lambda x: with_square(oracle.norm(**x, **expected), *([x["x"]] if residual else [])),
         inputs,
         real,
         dtypes,
     )
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("norm", NORMS)
-def test_values_and_gradients_are_the_oracle_s(norm, layout):
+def test_values_and_gradients_are_the_oracle_s(norm, layout, residual):
     for s, d in ((1, 8), (40, 16), (33, 7)):
-        check(norm, layout and make_layout(layout, 3, s), inputs_for(norm, 3, s, d))
+        check(norm, layout and make_layout(layout, 3, s), inputs_for(norm, 3, s, d), residual=residual)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_either_result_alone_has_its_gradient(norm):
+    x, weight = (t.requires_grad_() for t in inputs_for(norm, 2, 5, 8).values())
+    expected = torch.autograd.grad(NORMS[norm](x, weight, EPS).pow(3).sum(), [x, weight])
+    found = torch.autograd.grad(NORMS[norm](x, weight, EPS, residual=True)[0].pow(3).sum(), [x, weight])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    kept = NORMS[norm](x, weight, EPS, residual=True)[1]
+    dx, dweight = torch.autograd.grad(kept.pow(2).sum(), [x, weight], allow_unused=True)
+    assert torch.equal(dx, 2 * x)
+    assert dweight is None
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -70,16 +89,34 @@ def test_any_leading_axes(norm):
     assert_close(NORMS[norm](x["x"].view(2, 3, 2, 8), x["weight"], EPS), whole.view(2, 3, 2, 8), "law_fp64")
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_second_derivatives_where_one_input_wants_none(frozen):
+def test_second_derivatives_where_one_input_wants_none(frozen, residual):
     given = {name: t.requires_grad_(name != frozen) for name, t in inputs_for("rms", 1, 3, 4).items()}
     wanted = [t for t in given.values() if t.requires_grad]
     found = []
-    for op in (rms_norm, oracle.norm):
+
+    def ours(eps: float, **given: Tensor) -> Tensor:
+        out = rms_norm(**given, eps=eps, residual=residual)
+        return out[0] * out[1] if residual else out
+
+    def plain(eps: float, **given: Tensor) -> Tensor:
+        return oracle.norm(**given, eps=eps) * (given["x"] if residual else 1)
+
+    for op in (ours, plain):
         first = torch.autograd.grad(op(**given, eps=EPS).pow(3).sum(), wanted, create_graph=True)
         found.append([*first, *torch.autograd.grad(first[0].square().sum(), wanted)])
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected, "law_fp64")
+
+
+def test_a_backward_inside_autocast_is_as_exact():
+    x, weight = (t.float().requires_grad_() for t in inputs_for("rms", 2, 40, 64).values())
+    out, noise, found = rms_norm(x, weight, EPS), torch.randn(2, 40, 64), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, [x, weight], noise, retain_graph=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("norm", NORMS)

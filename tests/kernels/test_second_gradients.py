@@ -44,6 +44,7 @@ def test_rms_norm_equals_torchs_and_passes_both_checks() -> None:
     assert_close(rms_norm(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (8,), weight, 1e-6), "law_fp64")
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
     assert torch.autograd.gradgradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda a, b: rms_norm(a, b, 1e-6, residual=True), (x, weight))
 
 
 @pytest.mark.parametrize("create_graph", [True, False])

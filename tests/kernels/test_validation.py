@@ -129,6 +129,12 @@ def test_gate_must_have_the_values_shape(shape):
 def test_linear_attention_checks_its_shapes():
     refused(linear, "q", str((B, S, Z)), q=torch.randn(B, S, Z), k=torch.randn(B, S, Z), v=torch.randn(B, S, E))
     refused(linear, "k", str((B, H, S, Z + 1)), k=torch.randn(B, H, S, Z + 1))
+
+
+@pytest.mark.parametrize("value", ["1e-6", torch.tensor(0.5, requires_grad=True), None])
+@pytest.mark.parametrize("name", ["scale", "eps"])
+def test_linear_attention_takes_plain_numbers(name, value):
+    refused(linear, name, str(value), "number", **{name: value})
     refused(linear, "v", str((B, H, S + 1, E)), v=torch.randn(B, H, S + 1, E))
     refused(linear, "k", str((B, 1, S, Z)), k=torch.randn(B, 1, S, Z))
 

@@ -89,11 +89,15 @@ def norm_kernel(
 @tuned(_CONFIGS, key=["rows", "D"], fits=_covers_a_row)
 @triton.jit
 def norm_backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, start_ptr, dx_ptr, partial_ptr, rows, length, start_stride, program_rows, eps,
-    D: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SEGMENTED: tl.constexpr,
+    grad_ptr, residual_ptr, x_ptr, weight_ptr, start_ptr, dx_ptr, partial_ptr, rows, length, start_stride,
+    program_rows, eps,
+    D: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SEGMENTED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x, and of the weight summed over ``program_rows``: ``partial`` ``[programs, D]``. Grid: programs."""
+    """Gradient of x, with ``residual`` added, and of the weight summed over ``program_rows``.
+
+    The latter is ``partial`` ``[programs, D]``. Grid: programs.
+    """
     column = tl.arange(0, BLOCK_D)[None, :]
     weight = _load_weight(weight_ptr, column, D, SCALE)
     dweight = tl.zeros((TILE // BLOCK_D, BLOCK_D), dtype=tl.float32)
@@ -105,6 +109,8 @@ def norm_backward_kernel(
         inside = within[:, None] & (column < D)
         offset = row.to(tl.int64)[:, None] * D + column
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
         if SHIFT:
             # A row's first half went to the row behind it, or nowhere.
             moves = column < (D + 1) // 2
@@ -119,6 +125,8 @@ def norm_backward_kernel(
         gradient *= weight
         slope = (tl.sum(gradient * x, axis=1) / D)[:, None] * depends
         dx = (gradient - x * slope) * inverse
+        if RESIDUAL:
+            dx += residual.to(tl.float32)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     feature = tl.arange(0, BLOCK_D)
     at = partial_ptr + tl.program_id(0).to(tl.int64) * D + feature

@@ -3,7 +3,9 @@
 PyTorch's own RMS norm on CUDA already is one kernel forward and one backward. What it cannot do is write a normalised
 row in two places, and the token shift wants that: in units of ``[b, s, d]`` the norm reads and writes 2, and a shift
 behind it 4 more forward (halves cut out, masked and put together twice) and as many backward. Here both together move
-2 forward and 3 backward. ScaleNorm, which PyTorch has no kernel for, is the same but for what it divides by.
+2 forward and 3 backward. Nor can it add the gradient of the residual connection around a layer: a sum of its own moves
+3, of which only the gradient itself, 1, is left here. ScaleNorm, which PyTorch has no kernel for, is the same but for
+what it divides by.
 
 Shape legend: ``b`` batch, ``s`` sequence, ``d`` width.
 """
@@ -58,9 +60,16 @@ def _(x: Tensor, weight: Tensor, start: Tensor | None, eps: float, scale: bool, 
 
 @torch.library.custom_op("flash_plugin::norm_backward", mutates_args=())
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, start: Tensor | None, eps: float, scale: bool, shift: bool
+    grad: Tensor,
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    start: Tensor | None,
+    eps: float,
+    scale: bool,
+    shift: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``weight``."""
+    """Gradients of ``x`` and ``weight``; ``residual``, of the shape of ``x``, is added to the former."""
     x, grad = x.contiguous(), grad.contiguous()
     dx = torch.empty_like(x)
     rows, constants = x.numel() // x.shape[-1], _constants(x, start, scale, shift)
@@ -69,6 +78,7 @@ def norm_backward(
     partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
     norm_backward_kernel[(programs,)](
         grad,
+        None if residual is None else residual.contiguous(),
         x,
         weight.contiguous(),
         None if start is None else start.contiguous(),
@@ -79,30 +89,51 @@ def norm_backward(
         program_rows,
         eps,
         **constants,
+        RESIDUAL=residual is not None,
     )
     return dx, (partial.sum().reshape(1) if scale else partial.sum(0)).to(weight.dtype)
 
 
 @norm_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, start: Tensor | None, eps: float, scale: bool, shift: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, start: Tensor | None, eps: float, scale: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, start, *ctx.options = inputs
     ctx.save_for_backward(x, weight, start)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
-    return (*norm_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+        return (residual, *(None,) * 5)
+    return (*norm_backward(grad, residual, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
 norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _NormAndResidual(torch.autograd.Function):
+    """An operator may not return what it is given; a function of autograd may."""
+
+    @staticmethod
+    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return norm(x, *rest), x.view_as(x)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+def norm_and_residual(
+    x: Tensor, weight: Tensor, start: Tensor | None, eps: float, scale: bool, shift: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`norm` of ``x``, and ``x``, whose gradient the norm's backward adds."""
+    arguments = (x, weight, start, eps, scale, shift)
+    return (norm(*arguments), x) if torch.compiler.is_compiling() else _NormAndResidual.apply(*arguments)
 
 
 def _lengths(x: Tensor, start: Tensor | None) -> tuple[int, int]:

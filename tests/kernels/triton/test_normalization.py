@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from flash_plugin.kernels import make_segments
 from flash_plugin.kernels.triton.norm_kernels import norm_backward_kernel, norm_kernel
@@ -21,12 +23,14 @@ from tests.kernels.test_validation import refused
 from tests.tolerances import assert_close
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("norm", NORMS)
-def test_values_and_gradients_are_the_oracle_s(norm, layout):
+def test_values_and_gradients_are_the_oracle_s(norm, layout, residual):
     # Several rows a tile, one row a tile with room to spare, rows of an odd width.
     for s, d in ((1, 16), (40, 600), (33, 7)):
-        check(norm, layout and make_layout(layout, 3, s), inputs_for(norm, 3, s, d), [torch.float32], "triton")
+        given = layout and make_layout(layout, 3, s)
+        check(norm, given, inputs_for(norm, 3, s, d), [torch.float32], "triton", residual=residual)
 
 
 @pytest.mark.parametrize("d", [2048, 2050, 8192])
@@ -39,7 +43,7 @@ def test_wide_rows(d):
 def test_half_precision_is_rounded_once(norm, dtype):
     for layout in (None, "one", "packed"):
         inputs = inputs_for(norm, 2, 70, 96, dtype)
-        check(norm, layout and make_layout(layout, 2, 70), inputs, [dtype], "triton")
+        check(norm, layout and make_layout(layout, 2, 70), inputs, [dtype], "triton", residual=layout == "packed")
 
 
 def test_many_blocks_a_program_add_up(monkeypatch):
@@ -83,7 +87,8 @@ def test_the_operators_pass_opcheck(scale, shift, packed):
     start = torch.arange(9).expand(2, 9) // 4 * 4 if packed else None
     torch.library.opcheck(operator, (*inputs, start, EPS, scale, shift))
     plain = [x.detach() for x in inputs]
-    torch.library.opcheck(norm_backward, (torch.randn(2, 9, 16), *plain, start, EPS, scale, shift))
+    for residual in (None, torch.randn(2, 9, 16)):
+        torch.library.opcheck(norm_backward, (torch.randn(2, 9, 16), residual, *plain, start, EPS, scale, shift))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -91,12 +96,29 @@ def test_asked_for_it_compiles_into_one_graph(norm):
     inputs, found = leaves(norm), []
     segments = segments_of(make_layout("packed", 2, 9))
 
-    def op(inputs: list[Tensor]) -> Tensor:
-        return NORMS[norm](*inputs, EPS, token_shift=True, segments=segments, impl="triton")
+    def op(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return NORMS[norm](*inputs, EPS, token_shift=True, segments=segments, residual=True, impl="triton")
 
     for call in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
-        out = call(inputs)
-        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        out, kept = call(inputs)
+        found.append([out, *torch.autograd.grad(out.square().sum() + kept.pow(3).sum(), inputs)])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, "oracle_fp32")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_by_activation_checkpointing_it_has_the_same_gradients(reentrant):
+    inputs, found = leaves(), []
+
+    def block(*inputs: Tensor) -> Tensor:
+        out, kept = NORMS["rms"](*inputs, EPS, residual=True, impl="triton")
+        return out.square() + kept
+
+    for call in (block, partial(checkpoint, block, use_reentrant=reentrant)):
+        call(*inputs).pow(2).sum().backward()  # the reentrant kind knows no torch.autograd.grad
+        found.append([tensor.grad for tensor in inputs])
+        for tensor in inputs:
+            tensor.grad = None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -106,10 +128,14 @@ def test_auto_takes_the_kernels_where_torch_has_none_of_its_own(norm, token_shif
     # As on a GPU.
     monkeypatch.setattr(import_module("flash_plugin.kernels.rms_norm"), "use_triton", lambda *arguments: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    with torch.profiler.profile() as profile:
-        NORMS[norm](*leaves(norm), EPS, token_shift=token_shift)
-    ran = any(event.key == "flash_plugin::norm" for event in profile.key_averages())
-    assert ran == (not compiling and (token_shift or norm == "scale"))
+
+    def ran(**options: Any) -> bool:
+        with torch.profiler.profile() as profile:
+            NORMS[norm](*leaves(norm), EPS, token_shift=token_shift, **options)
+        return any(event.key == "flash_plugin::norm" for event in profile.key_averages())
+
+    assert ran() == (not compiling and (token_shift or norm == "scale"))
+    assert ran(residual=True) == (not compiling)
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones():
@@ -149,9 +175,9 @@ def test_on_a_gpu_it_is_the_reference_s(norm, shape, dtype):
     for impl, wide in (("auto", dtype), ("reference", torch.float64)):
         given = [x.to(wide if name == "x" else torch.promote_types(wide, torch.float32)) for name, x in inputs.items()]
         given = [x.requires_grad_() for x in given]
-        out = NORMS[norm](*given, EPS, token_shift=True, segments=segments, impl=impl)
+        out, kept = NORMS[norm](*given, EPS, token_shift=True, segments=segments, residual=True, impl=impl)
         # Not the output alone: a norm's gradient is nearly nothing along it.
-        found.append([out, *torch.autograd.grad(out, given, (out + noise).to(wide))])
+        found.append([out, *torch.autograd.grad([out, kept], given, [(out + noise).to(wide), noise.to(wide)])])
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     for number, (actual, expected) in enumerate(zip(*found, strict=True)):
         suffix = "_grad" if number and dtype.itemsize == 2 else ""
