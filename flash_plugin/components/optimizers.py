@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from flash_plugin.kernels.validation import is_number
 
 # OffsetScale stacks a vector for each of its at most four queries and keys: a matrix in shape alone.
 _MAX_STACKED_VECTORS = 4
+# One for each group of parameters, in the order they are built, which is the same on all processes.
+_NUMBERS = itertools.count()
 
 
 @config_component
@@ -101,11 +104,19 @@ class StochasticAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
-                    self._update(parameter, group, seed=number << 32 | index)
+                    self._update(parameter, group, seed=group["number"] << 32 | index)
         return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with a number that tells their rounding from that of all others.
+
+        The state keeps it: ``optimizer_in_bwd`` builds an optimizer for each parameter, and those of one shape must not
+        be rounded alike.
+        """
+        super().add_param_group({"number": next(_NUMBERS), **param_group})
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any], seed: int) -> None:
         state = self.state[parameter]

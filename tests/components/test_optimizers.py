@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import flash_plugin
+from flash_plugin.components import optimizers
 from flash_plugin.components.optimizers import _round_at_random, adamw
 
 DECAYING = {"tok_embeddings", "output", "gate_proj", "v_proj", "qk_proj", "output_proj"}
@@ -100,19 +104,40 @@ def test_rounding_keeps_what_is_not_finite() -> None:
     assert rounded[2:].tolist() == [float("inf"), float("-inf")]
 
 
-def test_a_step_rounds_alike_in_every_run() -> None:
+def trained(weight: nn.Parameter, optimizer: torch.optim.Optimizer, steps: int = 2) -> Tensor:
+    for _ in range(steps):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return weight.detach().clone()
+
+
+def rounding() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    weight = nn.Parameter(torch.linspace(-1, 1, 64).reshape(8, 8).bfloat16())
+    return weight, adamw([weight], lr=1e-3, stochastic_rounding=True)
+
+
+def test_a_step_rounds_alike_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        weight = nn.Parameter(torch.linspace(-1, 1, 64).reshape(8, 8).bfloat16())
-        optimizer = adamw([weight], lr=1e-3, stochastic_rounding=True)
-        steps = []
-        for _ in range(2):
-            weight.grad = torch.ones_like(weight)
-            optimizer.step()
-            steps.append(weight.detach().clone())
-        weights.append(steps)
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+        monkeypatch.setattr(optimizers, "_NUMBERS", itertools.count())  # as in a new process
+        weights.append(trained(*rounding()))
+    assert torch.equal(*weights)
+
+
+def test_a_resumed_optimizer_rounds_as_the_one_it_goes_on_for() -> None:
+    weight, optimizer = rounding()
+    trained(weight, optimizer)
+    later, resumed = rounding()
+    with torch.no_grad():
+        later.copy_(weight)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(trained(weight, optimizer), trained(later, resumed))
+
+
+def test_an_optimizer_for_each_parameter_rounds_each_in_its_own_way() -> None:
+    """As optimizer_in_bwd builds them."""
+    assert len({tuple(trained(*rounding()).flatten().tolist()) for _ in range(3)}) == 3
 
 
 @pytest.mark.parametrize(
