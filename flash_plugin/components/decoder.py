@@ -11,7 +11,7 @@ from torchtune.modules.model_fusion import FusionLayer
 
 from flash_plugin.components.embeddings import TiedOutput
 from flash_plugin.components.layer import FlashLayer
-from flash_plugin.components.masks import MaskChecks, attention_mask, check_cached_mask, padding_of
+from flash_plugin.components.masks import MaskChecks, attention_mask, check_cached_mask, padding_of, reads_mask
 from flash_plugin.components.mixers import MixedChunkMixer
 from flash_plugin.components.positions import ScaledSinusoid, position_rows
 from flash_plugin.kernels import Segments, make_segments
@@ -156,7 +156,8 @@ class FlashDecoder(TransformerDecoder):
         if len(self._flash) < len(self.layers):
             placed = segments if new is None else new
             told["input_pos"] = None if placed is None else placed.position
-            told["mask"] = attention_mask(segments, new, self.decoder_max_cache_seq_len)
+            if any(map(reads_mask, self.layers)):
+                told["mask"] = attention_mask(segments, new, self.decoder_max_cache_seq_len)
         if self._fused:
             told["encoder_input"], told["encoder_mask"] = encoder_input, encoder_mask
         hidden = []

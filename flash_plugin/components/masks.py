@@ -7,12 +7,19 @@ FLASH layers follow ``input_pos`` and this module makes sure that the mask agree
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flash_plugin.components.gau import GatedAttentionUnit
 from flash_plugin.kernels import Segments
 from flash_plugin.kernels.new_tokens import NewTokens
 
 _REMEDY = "FLASH takes documents from input_pos and padding from a [b, s] mask; pass those, or no mask"
+
+
+def reads_mask(layer: nn.Module) -> bool:
+    """Whether a layer's attention looks at a mask: FLASH's, and what was swapped for torchtune's, goes by positions."""
+    attention = getattr(layer, "attn", None)
+    return not isinstance(attention, GatedAttentionUnit) and not hasattr(attention, "placement")
 
 
 def padding_of(mask: object, causal: bool) -> Tensor | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from flash_plugin.components.cache import DecodingCache
-from flash_plugin.components.masks import MaskChecks, attention_mask, check_cached_mask, padding_of
+from flash_plugin.components.decoder import FlashDecoder
+from flash_plugin.components.masks import MaskChecks, attention_mask, check_cached_mask, padding_of, reads_mask
 from flash_plugin.components.positions import position_rows
 from flash_plugin.kernels import Segments, make_segments
 from flash_plugin.kernels.new_tokens import NewTokens
@@ -69,7 +70,9 @@ class Placement:
             return None
         rows = self._documents(input_pos, tokens.shape)
         self._placed = (None if rows is None else rows.repeated(heads, tokens.shape[0]), None)
-        if mask is None and rows is not None and not all(swapped):
+        # A FlashDecoder tells its own layers.
+        untold = mask is None and rows is not None and not isinstance(model, FlashDecoder)
+        if untold and any(map(reads_mask, model.layers)):
             return args, {**kwargs, "mask": attention_mask(rows, None, None)}
         self._mask_checks.check(mask, rows, tokens, True, rows is not None, model.training)
         return None

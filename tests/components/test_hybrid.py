@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.data import padded_collate_packed
 from torchtune.generation import generate
 from torchtune.modules import KVCache, MultiHeadAttention
@@ -101,6 +102,25 @@ def test_layers_of_a_hybrid_are_swapped_in_turn(attention: str) -> None:
     whole = built(texts[1][None])
     built.setup_caches(1, torch.float32, decoder_max_seq_len=64)
     assert_close(feed(built, texts[1][None], torch.arange(26)[None], [9, 1, 16]), whole, "law_fp32")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_mask_is_made_where_a_layer_reads_it(kept: bool) -> None:
+    sizes = dict(vocab_size=VOCABULARY, num_layers=3, embed_dim=24, max_seq_len=256, qk_dim=12, chunk_size=8)
+    swap = dict(attention="mixed_chunk", layers=[1], attention_layers=[1, 2] if kept else [1])
+    built = flash_plugin.swap_attention("flash_plugin.flash", **swap, **sizes).eval()
+    square = 0
+
+    class Squares(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal square
+            out = func(*args, **(kwargs or {}))
+            square += isinstance(out, torch.Tensor) and out.shape[-2:] == (250, 250)
+            return out
+
+    with Squares(), torch.no_grad():
+        built(text(1, 250), input_pos=torch.arange(250)[None] % 100)
+    assert bool(square) == kept
 
 
 def test_a_cache_set_up_again_knows_nothing() -> None:
