@@ -28,8 +28,9 @@ BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 
 # tiktoken panics (the stack of its regular expressions overflows) on some 100,000 characters of whitespace, and up to
 # 0.12 its merging is quadratic in the length of a word. torchtune cuts runs of either kind at 25,000 characters, in a
-# Python loop over the text; this finds the same cuts.
-_LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
+# Python loop over the characters; this one is over runs, with the same cuts.
+_LONGEST_RUN = 25_000
+_RUN = re.compile(r"\s+|\S+")
 
 _BYTE_RANKS = {bytes([byte]): byte for byte in range(256)}
 
@@ -249,8 +250,11 @@ def tiktoken_tokenizer(
 
 def _cut_long_runs(text: str) -> Iterator[str]:
     """The text in as few parts as leave no run of whitespace, or of anything else, that is too long for tiktoken."""
-    cuts = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
-    return (text[start:stop] for start, stop in itertools.pairwise(cuts))
+    cuts = [0]
+    if len(text) > _LONGEST_RUN:
+        for run in _RUN.finditer(text):
+            cuts += range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN)
+    return (text[start:stop] for start, stop in itertools.pairwise([*cuts, len(text)]))
 
 
 def _make_encoding(

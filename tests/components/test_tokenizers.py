@@ -234,7 +234,11 @@ def test_long_runs_are_cut_where_torchtune_cuts_them(length, run):
     )
 
 
-@pytest.mark.parametrize("text", ["xy" * 500_000, " " * 1_000_000, "ab cd\n" * 500_000], ids=["word", "blank", "lines"])
+@pytest.mark.parametrize(
+    "text",
+    ["xy" * 500_000, " " * 1_000_000, "ab cd\n" * 500_000, ("x" * 20_000 + " ") * 50, (" " * 20_000 + "x") * 50],
+    ids=["word", "blank", "lines", "long words", "long blanks"],
+)
 def test_long_texts_take_seconds(tokenizer, text):
     start = time.perf_counter()
     tokens = tokenizer.encode(text)
