@@ -45,6 +45,7 @@ def install() -> None:
     _replace(InterpreterBuilder, "create_masked_load", _with_poison)
     _replace(ReduceScanOpInterface, "apply", _refusing_bf16)
     _replace(GridExecutor, "__call__", _quiet)
+    _replace(interpreter, "_patch_lang_tensor", _with_integers)
     if not hasattr(InterpreterBuilder, "get_bf16"):  # Triton 3.6
         InterpreterBuilder.get_bf16 = lambda self, value: _narrow(self.get_fp32(value))
 
@@ -125,6 +126,16 @@ def _with_poison(original: Any) -> Any:
                 poison = 1 if kind.kind == "b" else np.iinfo(kind).max
             other = TensorHandle(np.full(pointers.data.shape, poison, dtype=kind), element)
         return original(self, pointers, mask, other, *rest)
+
+    return method
+
+
+def _with_integers(original: Any) -> Any:
+    """Scalars as Python's: Triton 3.6 converts an array of one axis, which numpy 2.4 refuses."""
+
+    def method(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     return method
 
