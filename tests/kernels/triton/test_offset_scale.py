@@ -127,7 +127,7 @@ def test_where_triton_can_run_a_compiled_graph_still_holds_plain_operations(comp
     # As on a GPU: there "auto" would take the kernels.
     monkeypatch.setattr(import_module("flash_plugin.kernels.offset_scale"), "use_triton", lambda *arguments: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         run(leaves())
     assert any(event.key == "flash_plugin::offset_scale" for event in profile.key_averages()) != compiling
 
