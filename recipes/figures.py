@@ -34,8 +34,7 @@ class Results(NamedTuple):
 
     layer: Rows
     training: Rows
-    malloc: Rows
-    repeated: Rows
+    kept: Rows
     quality: Rows
     swap: Rows
 
@@ -96,25 +95,22 @@ def training(results: Results) -> str:
     return table(head, body)
 
 
-def malloc(results: Results) -> str:
-    """The same ratios where glibc gives freed memory back, as it does unless told otherwise, and in more turns."""
+def kept(results: Results) -> str:
+    """The same ratios where glibc is told to keep freed memory, which serves FLASH-pytorch best."""
     names = ("llama", "FLASH-pytorch")
-    body = [
-        [f"{n:,}, {setting}", *(times(rows, name, n) for name in names)]
-        for setting, rows in (("freed memory kept, more turns", results.repeated), ("as glibc comes", results.malloc))
-        for n in lengths(rows)
-    ]
+    body = [[f"{n:,}", *(times(results.kept, name, n) for name in names)] for n in lengths(results.kept)]
     return table(["s", *(f"times {TRAINED[name]}" for name in names)], body)
 
 
-def mean(results: Results, text: str, model: str, seq_len: int) -> str:
+def mean(results: Results, training: str, model: str, seq_len: int) -> str:
     """Mean and range over seeds of a model's held-out bits per byte."""
-    values = bits(results.quality, text, model, seq_len)
+    values = bits(results.quality, training, model, seq_len)
     return spread(values) if values else NOT_RUN
 
 
 FAMILIES = {
     "flash": "FLASH",
+    "no_shift": "FLASH, `token_shift=False`",
     "no_shift_no_bias": "FLASH, `token_shift=False position_bias=none`",
     "flash_quad": "FLASH-Quad",
     "llama": "Llama",
@@ -143,12 +139,22 @@ VARIANTS = {
 CHUNKS = {64: "chunk_64", 128: "flash", 256: "chunk_256", 512: "chunk_512"}
 
 
+LONGER = "bytes_3000_steps"
+#: Which columns stand on the front page: a training, the length measured at (its own one, or the longest), and a title.
+COLUMNS = (
+    ("bytes", 0, "500 steps"),
+    (LONGER, 0, "3,000 steps"),
+    (LONGER, -1, "3,000 steps, measured at {n:,}"),
+    ("bpe", 0, "500 steps of BPE tokens"),
+)
+
+
 def quality(results: Results) -> str:
-    """Held-out bits per byte of the families, in bytes and in BPE."""
+    """Held-out bits per byte of the families: after a short and a longer training, beyond its length, in BPE tokens."""
     seq_lens = lengths(results.quality)
-    head = ["model", *(f"{text}, {n:,}" for text in ("bytes", "BPE") for n in seq_lens)]
+    head = ["model", *(title.format(n=seq_lens[place]) for _, place, title in COLUMNS)]
     body = [
-        [label, *(mean(results, text, model, n) for text in ("bytes", "bpe") for n in seq_lens)]
+        [label, *(mean(results, training, model, seq_lens[place]) for training, place, _ in COLUMNS)]
         for model, label in FAMILIES.items()
     ]
     return table(head, body)
@@ -176,9 +182,13 @@ def claims(results: Results) -> str:
     """What the paper says, in words, beside what was measured here."""
     trained, measured = lengths(results.quality)[0], lengths(results.training)
 
-    def loss(model: str) -> str:
-        values = bits(results.quality, "bytes", model, trained)
+    def loss(model: str, training: str = "bytes") -> str:
+        values = bits(results.quality, training, model, trained)
         return f"{statistics.mean(values):.3f}" if values else NOT_RUN
+
+    def later(models: dict[str, str]) -> str:
+        """What the longer training says of models, by label."""
+        return "; 3,000 steps: " + ", ".join(f"{label} {loss(model, LONGER)}" for label, model in models.items())
 
     rows = results.training
     speed = [float(training_row(rows, "flash", n)["tokens_per_s_p50"]) for n in (measured[0], measured[-1])]
@@ -188,9 +198,10 @@ def claims(results: Results) -> str:
     body = [
         ["Gated attention units with quadratic attention (FLASH-Quad) are as good as Transformers of their size",
          f"FLASH-Quad {loss('flash_quad')}, without its T5 bias {loss('flash_quad_bias_none')}, "
-         f"Llama {loss('llama')}", study],
+         f"Llama {loss('llama')}" + later({"FLASH-Quad": "flash_quad", "Llama": "llama"}), study],
         ["Mixed chunk attention loses little to quadratic attention",
-         f"FLASH {loss('flash')}, FLASH-Quad {loss('flash_quad')}", study],
+         f"FLASH {loss('flash')}, FLASH-Quad {loss('flash_quad')}"
+         + later({"FLASH": "flash", "FLASH-Quad": "flash_quad"}), study],
         ["Local and global parts are both needed",
          f"both {loss('flash')}, local alone {loss('local_only')}; without a position bias, which is the local part's: "
          f"both {loss('bias_none')}, global alone {loss('global_only')}", study],
@@ -200,7 +211,8 @@ def claims(results: Results) -> str:
          ", ".join(f"c = {c}: {loss(model)}" for c, model in CHUNKS.items()), study],
         ["Gated attention units suit mixed chunk attention better than multi-head attention and MLP do (MC-TFM)",
          f"FLASH {loss('flash')}, without token shift and T5 bias {loss('no_shift_no_bias')}, "
-         f"MC-TFM, which has neither, {loss('mc_transformer')}", study],
+         f"MC-TFM, which has neither, {loss('mc_transformer')}"
+         + later({"FLASH": "flash", "without both": "no_shift_no_bias", "MC-TFM": "mc_transformer"}), study],
         ["Training time is linear in the sequence",
          f"tokens/s, as many a step: {speed[0]:,.0f} at {measured[0]:,}, {speed[1]:,.0f} at {measured[-1]:,}", bench],
         ["The longer the sequence, the faster beside a Transformer",
@@ -212,7 +224,7 @@ def claims(results: Results) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    function.__name__: function for function in (layer, training, malloc, quality, choices, swap, claims)
+    function.__name__: function for function in (layer, training, kept, quality, choices, swap, claims)
 }
 
 
@@ -232,7 +244,7 @@ def render(readme: str, results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """How fast FLASH and its rivals train, and how well they do after a short training on bytes and on BPE tokens."""
+    """How fast FLASH and its rivals train, and how well they do after a short and a longer training."""
     figure, (speed, *losses) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=[1.3, 1, 1], layout="constrained")
     seq_lens = lengths(results.training)
     for name, label in {"flash": "FLASH", **TRAINED}.items():
@@ -247,12 +259,12 @@ def draw(results: Results, path: Path) -> None:
     speed.legend(fontsize="small")
     speed.grid(alpha=0.3)
     trained = lengths(results.quality)[0]
-    for axes, (text, label) in zip(losses, (("bytes", "bytes"), ("bpe", "BPE tokens")), strict=True):
-        shown = {model: name for model, name in FAMILIES.items() if bits(results.quality, text, model, trained)}
+    for axes, (training, label) in zip(losses, (("bytes", "500 steps"), (LONGER, "3,000 steps")), strict=True):
+        shown = {model: name for model, name in FAMILIES.items() if bits(results.quality, training, model, trained)}
         names = [re.sub(" (position|with)", r"\n\1", name.replace("`", "")) for name in shown.values()]
-        values = [bits(results.quality, text, model, trained) for model in shown]
+        values = [bits(results.quality, training, model, trained) for model in shown]
         panel(axes, values, names if axes is losses[0] else [""] * len(names))
-        axes.set_title(f"held-out bits per byte, {label}\n(a short training; left is better)", fontsize="medium")
+        axes.set_title(f"held-out bits per byte, {label}\n(left is better)", fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -18,14 +18,14 @@ import matplotlib.pyplot as plt
 Rows = Sequence[Mapping[str, Any]]
 
 
-def chosen(rows: Rows, text: str, model: str) -> Rows:
+def chosen(rows: Rows, training: str, model: str) -> Rows:
     """The rows of a model where it did best."""
-    return [row for row in rows if (row["text"], row["model"], str(row["chosen"])) == (text, model, "True")]
+    return [row for row in rows if (row["training"], row["model"], str(row["chosen"])) == (training, model, "True")]
 
 
-def bits(rows: Rows, text: str, model: str, seq_len: int) -> list[float]:
+def bits(rows: Rows, training: str, model: str, seq_len: int) -> list[float]:
     """Held-out bits per byte of a model where it did best, of each seed."""
-    return [float(row["bits_per_byte"]) for row in chosen(rows, text, model) if int(row["seq_len"]) == seq_len]
+    return [float(row["bits_per_byte"]) for row in chosen(rows, training, model) if int(row["seq_len"]) == seq_len]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -48,10 +48,10 @@ def tables(cfg: DictConfig, rows: Rows) -> str:
     head = ["model", "lr", "embeddings", *(f"{n} tokens" for n in cfg.seq_lens)]
     parts = []
     for study, group in cfg.studies.items():
-        lines = [f"### {study} ({group.text})", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = [f"### {study} ({group.training})", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for model in group.models:
-            best = chosen(rows, group.text, model)[0]
-            cells = [spread(bits(rows, group.text, model, length)) for length in cfg.seq_lens]
+            best = chosen(rows, group.training, model)[0]
+            cells = [spread(bits(rows, group.training, model, length)) for length in cfg.seq_lens]
             best_at = [f"{best[axis]:g}" for axis in ("lr", "embedding_std")]
             lines.append(f"| {' | '.join([model, *best_at, *cells])} |")
         parts.append("\n".join(lines))
@@ -72,8 +72,8 @@ def draw(cfg: DictConfig, rows: Rows, path: Path) -> None:
     for panel_row, (study, group) in zip(panels, cfg.studies.items(), strict=True):
         for axes, length in zip(panel_row, cfg.seq_lens, strict=True):
             labels = list(group.models) if axes is panel_row[0] else [""] * len(group.models)
-            panel(axes, [bits(rows, group.text, model, length) for model in group.models], labels)
-            axes.set_title(f"{study} ({group.text}), {length} tokens", fontsize=9)
+            panel(axes, [bits(rows, group.training, model, length) for model in group.models], labels)
+            axes.set_title(f"{study} ({group.training}), {length} tokens", fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("held-out bits per byte; left is better")
     figure.savefig(path, dpi=110)

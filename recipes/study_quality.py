@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ logger = get_logger("INFO")
 class Run(NamedTuple):
     """One training run."""
 
-    text: str
+    training: str
     model: str
     lr: float
     embedding_std: float
@@ -49,7 +49,7 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """Where its files are."""
-        return f"{self.text}/{self.model}/lr_{self.lr:g}_std_{self.embedding_std:g}_seed_{self.seed}"
+        return f"{self.training}/{self.model}/lr_{self.lr:g}_std_{self.embedding_std:g}_seed_{self.seed}"
 
 
 def is_variant(cfg: DictConfig, model: str) -> bool:
@@ -57,18 +57,19 @@ def is_variant(cfg: DictConfig, model: str) -> bool:
     return "num_layers" not in cfg.models[model]
 
 
-def model_node(cfg: DictConfig, text: str, model: str) -> dict[str, Any]:
+def model_node(cfg: DictConfig, training: str, model: str) -> dict[str, Any]:
     """The node of a model, whole."""
     node: Any = OmegaConf.to_container(cfg.models[model])
     if is_variant(cfg, model):
         node = {**OmegaConf.to_container(cfg.models.flash), **node}
-    return {**node, "vocab_size": cfg.texts[text].vocab_size}
+    return {**node, "vocab_size": cfg.trainings[training].vocab_size}
 
 
 def recipe_config(cfg: DictConfig, job: Run, folder: Path) -> dict[str, Any]:
     """What the stock recipe reads."""
-    node, common = model_node(cfg, job.text, job.model), OmegaConf.to_container(cfg.common)
-    tokenizer = OmegaConf.to_container(cfg.texts[job.text].tokenizer, resolve=True)
+    node, training = model_node(cfg, job.training, job.model), cfg.trainings[job.training]
+    common = OmegaConf.to_container(OmegaConf.merge(cfg.common, training.get("common", {})))
+    tokenizer = OmegaConf.to_container(training.tokenizer, resolve=True)
     assert isinstance(common, dict)
     assert isinstance(tokenizer, dict)
     return {
@@ -86,7 +87,7 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
     """Bits per byte at each length; infinite if the run diverged."""
     folder = Path(cfg.output_dir, "runs", job.name)
     wanted, found = recipe_config(cfg, job, folder), beside(folder, "json")
-    measured = {"seq_lens": list(cfg.seq_lens), "windows": cfg.windows, "vocabulary": vocabulary(cfg, job.text)}
+    measured = {"seq_lens": list(cfg.seq_lens), "windows": cfg.windows, "vocabulary": vocabulary(cfg, job.training)}
     if found.exists():
         before = json.loads(found.read_text())
         if before["config"] == wanted and before["measured"] == measured:
@@ -102,7 +103,10 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
         logger.info(f"{job.name} diverged")
         bits = dict.fromkeys(cfg.seq_lens, math.inf)
     else:
-        tokenizer, model = config.instantiate(cfg.texts[job.text].tokenizer), load(wanted["model"], weights).eval()
+        tokenizer, model = (
+            config.instantiate(cfg.trainings[job.training].tokenizer),
+            load(wanted["model"], weights).eval(),
+        )
         windows = held_out(tokenizer, cfg.common.dataset.source, cfg.seq_lens, cfg.windows)
         bits = {length: bits_per_byte(model, windows, length, tokenizer) for length in cfg.seq_lens}
         logger.info(f"{job.name}: " + ", ".join(f"{value:.4f} at {length}" for length, value in bits.items()))
@@ -113,20 +117,20 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
     return bits
 
 
-def vocabulary(cfg: DictConfig, text: str) -> str | None:
+def vocabulary(cfg: DictConfig, training: str) -> str | None:
     """What tells a trained vocabulary from another one under the same name."""
-    if "train_tokenizer" not in cfg.texts[text]:
+    if "train_tokenizer" not in cfg.trainings[training]:
         return None
-    return hashlib.sha256(Path(cfg.texts[text].tokenizer.path_or_name).read_bytes()).hexdigest()
+    return hashlib.sha256(Path(cfg.trainings[training].tokenizer.path_or_name).read_bytes()).hexdigest()
 
 
 def train_tokenizers(cfg: DictConfig) -> None:
     """Train the vocabularies that a study reads and that are not there yet."""
-    for name in {group.text for group in cfg.studies.values()}:
-        text = cfg.texts[name]
-        if "train_tokenizer" in text and not Path(text.tokenizer.path_or_name).exists():
-            documents = {"source": cfg.common.dataset.source}
-            train_tokenizer(documents=documents, output_file=text.tokenizer.path_or_name, **text.train_tokenizer)
+    for name in {group.training for group in cfg.studies.values()}:
+        training = cfg.trainings[name]
+        if "train_tokenizer" in training and not Path(training.tokenizer.path_or_name).exists():
+            documents, path = {"source": cfg.common.dataset.source}, training.tokenizer.path_or_name
+            train_tokenizer(documents=documents, output_file=path, **training.train_tokenizer)
 
 
 def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
@@ -139,9 +143,9 @@ def parameters(cfg: DictConfig) -> dict[tuple[str, str], int]:
     for study, group in cfg.studies.items():
         for name in group.models:
             with torch.device("meta"):
-                model = config.instantiate(OmegaConf.create(model_node(cfg, group.text, name)))
-            counts[group.text, name] = sum(parameter.numel() for parameter in model.parameters())
-        own = {name: counts[group.text, name] for name in group.models}
+                model = config.instantiate(OmegaConf.create(model_node(cfg, group.training, name)))
+            counts[group.training, name] = sum(parameter.numel() for parameter in model.parameters())
+        own = {name: counts[group.training, name] for name in group.models}
         check_equal_sizes(f"studies.{study}.models", own)
     return counts
 
@@ -161,46 +165,86 @@ def climb(shape: Sequence[int], start: tuple[int, ...], loss: Callable[[tuple[in
     return best
 
 
-def all_runs(cfg: DictConfig, text: str, model: str) -> tuple[Run, dict[Run, dict[int, float]]]:
-    """Tune a model, and train it with the best choice from the other seeds; the best of the first seed comes first."""
+class Place(NamedTuple):
+    """What is tuned, as indices into the config's lists."""
+
+    lr: int
+    embedding_std: int
+
+
+class Tuned(NamedTuple):
+    """What was best for a model with the first seed, and all its runs."""
+
+    best: Place
+    runs: dict[Run, dict[int, float]]
+
+
+def all_runs(cfg: DictConfig, training: str, model: str, best: Place | None = None) -> Tuned:
+    """Tune a model unless it is known what is `best` for it, and train it so from all seeds."""
     found: dict[Run, dict[int, float]] = {}
 
-    def at(place: tuple[int, ...], seed: int) -> Run:
-        return Run(text, model, cfg.lrs[place[0]], cfg.embedding_stds[place[1]], seed)
+    def measure(place: Place, seed: int) -> dict[int, float]:
+        job = Run(training, model, cfg.lrs[place.lr], cfg.embedding_stds[place.embedding_std], seed)
+        if job not in found:
+            found[job] = train_and_measure(cfg, job)
+        return found[job]
 
     def loss(place: tuple[int, ...]) -> float:
-        run = at(place, first)
-        found[run] = train_and_measure(cfg, run)
-        bits = found[run][cfg.train_length]
+        bits = measure(Place(*place), cfg.seeds[0])[cfg.train_length]
         return math.inf if math.isnan(bits) else bits
 
-    first, *others = cfg.seeds
-    # The first scale is that of FLASH's builders, and what its variants are compared at.
-    shape = (len(cfg.lrs), 1 if is_variant(cfg, model) else len(cfg.embedding_stds))
-    best = climb(shape, ((len(cfg.lrs) - 1) // 2, 0), loss)
-    for seed in others:
-        found[at(best, seed)] = train_and_measure(cfg, at(best, seed))
-    return at(best, first), found
+    if best is None:
+        # The first scale is that of FLASH's builders, and what its variants are compared at.
+        shape = (len(cfg.lrs), 1 if is_variant(cfg, model) else len(cfg.embedding_stds))
+        best = Place(*climb(shape, ((len(cfg.lrs) - 1) // 2, 0), loss))
+    for seed in cfg.seeds:
+        measure(best, seed)
+    return Tuned(best, found)
+
+
+def check_tuned(cfg: DictConfig, pairs: Collection[tuple[str, str]]) -> None:
+    """Refuse trainings that take what was best in another one where that one does not tune their models.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    for training, model in pairs:
+        other = cfg.trainings[training].get("tuned_as")
+        if other is not None and ((other, model) not in pairs or "tuned_as" in cfg.trainings[other]):
+            raise ValueError(
+                f"trainings.{training}.tuned_as ({other!r}) must be a training that tunes {model!r} itself; name the "
+                f"model in a study of {other!r}, or remove tuned_as"
+            )
 
 
 def rows_of(cfg: DictConfig, counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-    """Train all models."""
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        of_models = pool.map(lambda pair: all_runs(cfg, *pair), counts)
-        runs = dict(zip(counts, tqdm(of_models, total=len(counts), desc="Models"), strict=True))
+    """Train all models, those first from which others take what is best."""
+    runs: dict[tuple[str, str], Tuned] = {}
+
+    def work(pair: tuple[str, str]) -> Tuned:
+        other = cfg.trainings[pair[0]].get("tuned_as")
+        return all_runs(cfg, *pair, None if other is None else runs[other, pair[1]].best)
+
+    with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(counts), desc="Models") as progress:
+        for again in (False, True):
+            pairs = [pair for pair in counts if ("tuned_as" in cfg.trainings[pair[0]]) == again]
+            for pair, tuned in zip(pairs, pool.map(work, pairs), strict=True):
+                runs[pair] = tuned
+                progress.update()
     return [
         {
-            "text": job.text,
+            "training": job.training,
             "model": job.model,
-            "parameters": counts[job.text, job.model],
+            "parameters": counts[job.training, job.model],
             "lr": job.lr,
             "embedding_std": job.embedding_std,
-            "chosen": (job.lr, job.embedding_std) == (best.lr, best.embedding_std),
+            "chosen": (job.lr, job.embedding_std) == (cfg.lrs[best.lr], cfg.embedding_stds[best.embedding_std]),
             "seed": job.seed,
             "seq_len": length,
             "bits_per_byte": f"{value:.4f}",
         }
-        for best, found in runs.values()
+        for pair in counts
+        for best, found in [runs[pair]]
         for job, bits in sorted(found.items())
         for length, value in bits.items()
     ]
@@ -219,6 +263,7 @@ def main(cfg: DictConfig) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     train_tokenizers(cfg)
     counts = parameters(cfg)
+    check_tuned(cfg, counts)
     rows = rows_of(cfg, counts)
     header = [f"{name}: {value}" for name, value in surroundings(torch.device(cfg.common.device)).items()]
     write_csv(output_dir / "study_quality.csv", list(rows[0]), header, rows)

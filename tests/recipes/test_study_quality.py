@@ -17,8 +17,9 @@ pytestmark = pytest.mark.slow
 
 STUDIES = OmegaConf.load(ROOT / "configs/study_quality.yaml").studies
 TINY = [
-    *(f"~studies.{name}" for name in STUDIES if name != "parts"),
-    "studies.parts.models=[flash,global_only]",
+    *(f"~studies.{name}" for name in STUDIES if name not in ("parts", "families_longer")),
+    *("studies.parts.models=[flash,global_only]", "studies.families_longer.models=[flash]"),
+    "trainings.bytes_3000_steps.common.max_steps_per_epoch=15",
     *("seq_lens=[64,128]", "train_length=64", "windows=2", "jobs=1", "lrs=[0.003,1.0e9]", "seeds=[0,1]"),
     *("models.flash.embed_dim=32", "models.flash.num_layers=2", "models.flash.chunk_size=16"),
     *("common.max_steps_per_epoch=10", "common.dataset.max_tokens=30000", "common.lr_scheduler.num_warmup_steps=1"),
@@ -69,6 +70,7 @@ def test_each_model_is_tuned_and_trained_again_with_the_other_seed(studied: Path
     found = {
         (r["model"], float(r["lr"]), float(r["embedding_std"]), int(r["seed"]), int(r["seq_len"])): r
         for r in rows(studied)
+        if r["training"] == "bytes"
     }
     bits = {key: float(row["bits_per_byte"]) for key, row in found.items()}
     stds = {"flash": (0.02, 1.0), "global_only": (0.02,)}  # a variant of FLASH's keeps its embeddings
@@ -85,6 +87,22 @@ def test_each_model_is_tuned_and_trained_again_with_the_other_seed(studied: Path
     assert all(math.isinf(value) or value > 20 for key, value in bits.items() if key[1] == 1e9)
     assert all(value < 8.5 for key, value in bits.items() if key[1] == 0.003)
     assert (studied / "outputs/study_quality/study_quality.png").stat().st_size > 5000
+
+
+def test_a_longer_training_takes_what_was_best_in_the_shorter_one(studied: Path) -> None:
+    found = {name: [r for r in rows(studied) if r["training"] == name] for name in ("bytes", "bytes_3000_steps")}
+    axes = ("model", "lr", "embedding_std", "seed", "seq_len", "chosen")
+    short = [[r[axis] for axis in axes] for r in found["bytes"] if r["chosen"] == "True" and r["model"] == "flash"]
+    assert [[r[axis] for axis in axes] for r in found["bytes_3000_steps"]] == short
+    runs = studied / "outputs/study_quality/runs/bytes_3000_steps/flash"
+    assert [json.loads(path.read_text())["config"]["max_steps_per_epoch"] for path in runs.glob("*.json")] == [15, 15]
+
+
+def test_what_no_training_tunes_is_refused(tmp_path: Path) -> None:
+    done = study(tmp_path, "studies.families_longer.models=[llama]")
+    assert done.returncode != 0
+    assert "trainings.bytes_3000_steps.tuned_as ('bytes')" in done.stderr
+    assert not (tmp_path / "outputs/study_quality/runs").exists()
 
 
 def test_runs_that_are_there_are_not_repeated(studied: Path) -> None:
