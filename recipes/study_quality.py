@@ -103,10 +103,8 @@ def train_and_measure(cfg: DictConfig, job: Run) -> dict[int, float]:
         logger.info(f"{job.name} diverged")
         bits = dict.fromkeys(cfg.seq_lens, math.inf)
     else:
-        tokenizer, model = (
-            config.instantiate(cfg.trainings[job.training].tokenizer),
-            load(wanted["model"], weights).eval(),
-        )
+        tokenizer = config.instantiate(cfg.trainings[job.training].tokenizer)
+        model = load(wanted["model"], weights).eval()
         windows = held_out(tokenizer, cfg.common.dataset.source, cfg.seq_lens, cfg.windows)
         bits = {length: bits_per_byte(model, windows, length, tokenizer) for length in cfg.seq_lens}
         logger.info(f"{job.name}: " + ", ".join(f"{value:.4f} at {length}" for length, value in bits.items()))

@@ -50,8 +50,8 @@ class Placement:
         """
         tokens = args[0] if args else kwargs["tokens"]
         input_pos, mask = kwargs.get("input_pos"), kwargs.get("mask")
-        swapped = [getattr(getattr(layer, "attn", None), "placement", None) is self for layer in model.layers]
-        attention = model.layers[swapped.index(True)].attn
+        attentions = (getattr(layer, "attn", None) for layer in model.layers)
+        attention: Any = next(one for one in attentions if getattr(one, "placement", None) is self)
         cache = attention.kv_cache if attention.cache_enabled else None
         self._input_pos = input_pos
         if input_pos is not None:

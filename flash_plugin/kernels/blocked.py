@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from flash_plugin.kernels.activations import ELEMENTWISE, gated
 from flash_plugin.kernels.batched import mixed_chunk_batched
+from flash_plugin.kernels.differentiation import differentiable_backward
 from flash_plugin.kernels.layout import Layout, local_divisor
 from flash_plugin.kernels.products import onednn_gains, onednn_product, torch_product
 from flash_plugin.kernels.relative_bias import bias_between
@@ -211,7 +213,8 @@ class _MixedChunk(torch.autograd.Function):
         saved = ctx.saved_tensors  # under activation checkpointing they can be asked for once
         inputs, (factor, states, *rest) = list(saved[:8]), saved[8:]
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(inputs, factor, grad, grad_state, ctx.options), None, None)
+            plain = partial(_plain, factor, ctx.options)  # for second derivatives
+            return (*differentiable_backward(plain, inputs, (grad, grad_state)), None, None)
         q_local, k_local, q_global, k_global, v, gate, bias, initial_kv = inputs
         z = q_global.shape[-1]
         work = _Workspace(z, v, bias, ctx.options)
@@ -280,12 +283,8 @@ class _MixedChunk(torch.autograd.Function):
         return dq_local, dk_local, dq_global, dk_global, dv, dgate, dbias, dinitial, None, None
 
 
-def _differentiable_backward(
-    inputs: list[Tensor | None], factor: Tensor, grad: Tensor | None, grad_state: Tensor | None, options: Options
-) -> list[Tensor | None]:
-    """Gradients as a graph, for second derivatives: the batched form, run again and differentiated."""
-    # Views of them: one input may be another, or made from it, and each must get its own part of the gradient alone.
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+def _plain(factor: Tensor, options: Options, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and state in differentiable operations: the batched form."""
     q_local, k_local, q_global, k_global, v, gate, bias, initial_kv = inputs
     assert q_local is not None and k_local is not None and q_global is not None and k_global is not None
     assert v is not None
@@ -296,11 +295,4 @@ def _differentiable_backward(
         causal=True, activation=options.activation, normalizer=options.normalizer, scale=options.scale, dropout=0.0,
     )  # fmt: skip
     assert state is not None
-    out = gated(mixed, gate, options.silu)
-    pairs = [(o, g) for o, g in ((out, grad), (state, grad_state)) if g is not None and o.requires_grad]
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    grads = torch.autograd.grad(
-        [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-    )
-    found = iter(grads)
-    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+    return gated(mixed, gate, options.silu), state
