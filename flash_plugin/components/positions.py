@@ -178,8 +178,16 @@ class T5Bias(nn.Module):
         if self.divide_by_length:
             values = values / length
         reach, buckets = self.max_distance, local(self.buckets)
-        place = torch.arange(reach + 1 - length, reach + length, device=buckets.device).clamp(0, 2 * reach)
-        return values.index_select(0, buckets.index_select(0, place))
+        beyond = max(length - 1 - reach, 0)
+        if beyond:
+            buckets = torch.cat([buckets[:1].expand(beyond), buckets, buckets[-1:].expand(beyond)])
+        reach += beyond
+        buckets = buckets[reach + 1 - length : reach + length]
+        if not torch.is_grad_enabled():
+            return values.index_select(0, buckets)
+        # The same, as a sum: the gradient of a lookup adds atomically on CUDA, in another order each time.
+        each = torch.arange(self.num_buckets, device=buckets.device)[:, None]
+        return torch.where(buckets == each, values[:, None], 0.0).sum(0, dtype=values.dtype)
 
     def _bucket(self, distance: Tensor) -> Tensor:
         buckets, offset = self.num_buckets, torch.zeros_like(distance)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -74,8 +76,8 @@ def linear_attention(
             raise ValueError(f"{name} ({value!r}) must be a number; multiply q by a scale that is learned")
     sums_keys = normalize or return_state
     check_key_sum(initial_state, sums_keys)
-    segmented = segments is not None and not segments.single
-    layout = Layout.of(segments if segmented else None, length, None, v.device)
+    segments = None if segments is None or segments.single else segments
+    lay_out = partial(Layout.of, segments, length, None, v.device)
     if use_triton(impl, v, size_not_in_triton(v)):
         from flash_plugin.kernels.triton.calls import call_linear
 
@@ -83,8 +85,7 @@ def linear_attention(
             q,
             k,
             v,
-            layout=layout,
-            segmented=segmented,
+            segments=segments,
             causal=causal,
             normalize=normalize,
             scale=scale,
@@ -94,7 +95,8 @@ def linear_attention(
         )
         if kv is None:
             return out
-        return out, LinearState(kv, counted(layout, initial_state, batch), key_sum)
+        return out, LinearState(kv, counted(lay_out(), initial_state, batch), key_sum)
+    layout, segmented = lay_out(), segments is not None
     # All of it in float32: the quotient of two rounded sums would lose half precision's few digits.
     dtype = state_dtype(v.dtype)
     queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -102,12 +104,15 @@ def mixed_chunk_attention(
     check_bias(bias, chunk_size, v)
     check_segments(segments, v)
     check_state(initial_state, causal, return_state, (v.shape[0], q_global.shape[-1], v.shape[-1]))
-    segmented = segments is not None and not segments.single
-    layout = Layout.of(segments if segmented else None, v.shape[1], chunk_size, v.device)
+    segments = None if segments is None or segments.single else segments
+    segmented = segments is not None
     if scale is None:
         scale = default_scale(normalizer, q_local.shape[-1], chunk_size)
-    factor = global_weight(normalizer, layout, causal, chunk_size, initial_state, state_dtype(v.dtype))
-    initial_kv = None if initial_state is None else initial_state.kv
+    lay_out = partial(Layout.of, segments, v.shape[1], chunk_size, v.device)
+    weigh = partial(
+        global_weight, normalizer, causal=causal, chunk_size=chunk_size, initial=initial_state,
+        dtype=state_dtype(v.dtype),
+    )  # fmt: skip
 
     final: Tensor | None
     if use_triton(impl, v, not_in_triton(activation, dropout, v)):
@@ -124,39 +129,40 @@ def mixed_chunk_attention(
             chunk_size=chunk_size,
             gate=None if apart else gate,
             bias=bias,
-            layout=layout,
-            segmented=segmented,
+            segments=segments,
             causal=causal,
             activation=activation,
             normalizer=normalizer,
             scale=scale,
-            factor=None if apart else factor,
-            initial_kv=initial_kv,
+            linear=not apart,
+            initial=initial_state,
             final=return_state,
             silu=silu,
         )
         if apart:
             values = F.silu(v) if silu else v
             across = linear_attention(
-                _times(q_global, factor).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
+                _times(q_global, weigh(layout=lay_out())).unsqueeze(1), k_global.unsqueeze(1), values.unsqueeze(1),
                 causal=False, segments=segments, impl=impl,
             )  # fmt: skip
             assert isinstance(across, Tensor)
             out = gated(out + across.squeeze(1), gate, silu)
     elif blocked_applies(v, segmented, causal, activation, dropout, scale):
         options = Options(chunk_size, activation, normalizer, float(scale), silu, return_state)
+        initial_kv, factor = None if initial_state is None else initial_state.kv, weigh(layout=lay_out())
         out, final = mixed_chunk_blocked(
             q_local, k_local, q_global, k_global, v, gate, bias, initial_kv, factor, options
         )
     else:
+        layout = lay_out()
         mixed, final = mixed_chunk_batched(
             q_local,
             k_local,
-            _times(q_global, factor),
+            _times(q_global, weigh(layout=layout)),
             k_global,
             F.silu(v) if silu else v,
             bias,
-            initial_kv,
+            None if initial_state is None else initial_state.kv,
             layout,
             segmented=segmented,
             chunk_size=chunk_size,
@@ -171,7 +177,7 @@ def mixed_chunk_attention(
     if not return_state:
         return out
     assert final is not None
-    return out, LinearState(final, counted(layout, initial_state, v.shape[0]))
+    return out, LinearState(final, counted(lay_out(), initial_state, v.shape[0]))
 
 
 def _times(queries: Tensor, factor: Tensor) -> Tensor:

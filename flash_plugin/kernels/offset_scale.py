@@ -54,9 +54,9 @@ def offset_scale(
     if angles is not None:
         _check_angles(base, angles)
     if use_triton(impl, base, _not_in_triton(base, gamma)) and not (impl == "auto" and torch.compiler.is_compiling()):
-        from flash_plugin.kernels.triton.offset_scale import offset_scale as in_triton
+        from flash_plugin.kernels.triton.offset_scale import differentiable_offset_scale
 
-        return tuple(in_triton(base, gamma, beta, angles, silu))
+        return differentiable_offset_scale(base, gamma, beta, angles, silu)
     # The written-out form sees pairs of features as complex numbers, which odd rows cannot be read as.
     if in_eager_cpu(base) and gamma.dtype == base.dtype and (angles is None or base.shape[-1] % 2 == 0):
         return _OffsetScale.apply(base, gamma, beta, None if angles is None else angles.to(base.dtype), silu)

@@ -75,7 +75,6 @@ def quadratic_attention(
     check_bias(bias, q.shape[1], q)
     check_segments(segments, q)
     length, dtype = q.shape[1], state_dtype(q.dtype)
-    layout = Layout.of(segments, length, None, q.device)
     if scale is None:
         scale = default_scale(normalizer, q.shape[-1], length)
     if use_triton(impl, v, not_in_triton(activation, dropout, v)):
@@ -87,13 +86,14 @@ def quadratic_attention(
             v,
             gate=gate,
             bias=bias,
-            layout=layout,
+            segments=None if segments is None or segments.single else segments,
             causal=causal,
             activation=activation,
             normalizer=normalizer,
             scale=scale,
             silu=silu,
         )
+    layout = Layout.of(segments, length, None, q.device)
     if silu:
         v = F.silu(v)
     # Scores in float32: their rounding would be magnified by steep activations, and they are few beside the values.

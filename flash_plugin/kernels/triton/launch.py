@@ -89,7 +89,6 @@ def compute_scores(
     with_slopes: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Weights of a panel, and slopes if asked for; ``local`` and ``linear`` are q and k, ``[b, s, z]`` each."""
-    bounds = plan.bounds
     given = local or linear
     assert given is not None
     batch, length, z = given[0].shape
@@ -99,12 +98,12 @@ def compute_scores(
     slopes = torch.empty_like(weights, dtype=wide) if with_slopes else None
     scores.scores_kernel[lambda meta: (panel.rows // plan.tile, panel.width // meta["BLOCK_C"], batch)](
         *(local or (None, None)), *(linear or (None, None)), None if bias is None else bias.contiguous(),
-        bounds.first, bounds.last, bounds.document, bounds.real, plan.begin, plan.end, weights, slopes,
+        plan.first, plan.last, plan.document, plan.real, plan.begin, plan.end, weights, slopes,
         length, _stride(plan, length), _stride(plan, plan.tiles), panel.row0, panel.col0 or 0, panel.rows, panel.width,
         options.scale, options.gain, 0 if bias is None else bias.shape[0] // 2,
         Z=z, BLOCK_Z=block_size(z, weights.dtype, 32), TILE=plan.tile, ACTIVATION=options.activation,
-        CAUSAL=bounds.last is None, LOCAL=local is not None, DIRECT=plan.direct, HAS_BIAS=bias is not None,
-        HAS_REAL=bounds.real is not None, BAND=panel.col0 is None, SLOPES=with_slopes,
+        CAUSAL=plan.last is None, LOCAL=local is not None, DIRECT=plan.direct, HAS_BIAS=bias is not None,
+        HAS_REAL=plan.real is not None, BAND=panel.col0 is None, SLOPES=with_slopes,
         PRECISION=input_precision(weights.dtype),
     )  # fmt: skip
     return weights, slopes
@@ -129,7 +128,7 @@ def score_gradient(
     linear = torch.empty_like(out) if split else None
     wide = out if diagonals is None else torch.empty_like(slopes)
     scores.score_gradient_kernel[(panel.rows // plan.tile, panel.width // plan.tile, batch)](
-        gradient, values, slopes, out, linear, wide, plan.bounds.first, plan.begin, plan.end,
+        gradient, values, slopes, out, linear, wide, plan.first, plan.begin, plan.end,
         length, _stride(plan, length), _stride(plan, plan.tiles), panel.col0 or 0, panel.rows, panel.width,
         E=e, TILE=plan.tile, BAND=panel.col0 is None, SPLIT=split, WIDE=diagonals is not None,
         EVEN_ROWS=length % plan.tile == 0, PRECISION=input_precision(values.dtype),
@@ -228,20 +227,21 @@ def key_gradient(
 
 
 def state_gradient(
-    plan: Plan, x: Tensor, states: States, direct: Tensor | None, mark: Tensor | None, *, queries: bool, out: Tensor
-) -> None:
-    """``out = direct + x state^T``: global queries' gradient from ``x = gradient``, or keys' from ``x = values``.
+    plan: Plan, x: Tensor, states: States, direct: Tensor | None, mark: Tensor | None, *, queries: bool, out: Tensor,
+    row_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """``out = row_scale (direct + x state^T)``: global queries' gradient from that of ``x``, or keys' from values.
 
-    ``mark`` ``[b, s]`` is False at tokens that get the first part only.
+    ``mark`` ``[b, s]`` int8 is 0 at tokens that get the first part only.
     """
     batch, length, e = x.shape
     z = out.shape[-1]
     block = block_size(z, x.dtype)
     projections.state_gradient_kernel[(plan.tiles, _blocks(z, block), batch)](
-        x, states.tensor, None if mark is None else mark.to(torch.int8).contiguous(), direct, plan.begin, out,
+        x, states.tensor, mark, direct, row_scale, plan.begin, out,
         length, _stride(plan, length), _stride(plan, plan.tiles), states.stride, states.tensor.shape[1], states.spacing,
         Z=z, E=e, BLOCK_Z=block, TILE=plan.tile, QUERIES=queries, DIRECT=direct is not None, MARKED=mark is not None,
-        EVEN_ROWS=length % plan.tile == 0, PRECISION=input_precision(x.dtype),
+        SCALED=row_scale is not None, EVEN_ROWS=length % plan.tile == 0, PRECISION=input_precision(x.dtype),
     )  # fmt: skip
 
 
@@ -315,9 +315,9 @@ class BiasGradient:
     def add(self, panel: Panel, gradient: Tensor) -> None:
         """Add the diagonals of a panel's float32 score gradient."""
         plan, (batch, groups, size) = self.plan, self.partial.shape
-        length = plan.bounds.first.shape[1]
+        length = plan.first.shape[1]
         gating.bias_gradient_kernel[lambda meta: (_blocks(size, meta["BLOCK_L"]), groups, batch)](
-            gradient, self.partial, plan.bounds.first, plan.begin, plan.end, length, _stride(plan, length),
+            gradient, self.partial, plan.first, plan.begin, plan.end, length, _stride(plan, length),
             _stride(plan, plan.tiles), panel.col0 or 0, panel.rows, panel.width, groups, size // 2,
             TILE=plan.tile, GROUP_TILES=_GROUP_TILES, BAND=panel.col0 is None,
         )  # fmt: skip
@@ -325,6 +325,11 @@ class BiasGradient:
     def total(self) -> Tensor:
         """The gradient of the bias, ``[l]`` in its dtype."""
         return self.partial.sum((0, 1)).to(self.bias.dtype)
+
+
+def times(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``[b, s, z]`` times ``[b, s]`` in the dtype of the former, rounded once; itself if there is no factor."""
+    return x if factor is None else torch.mul(x, factor.unsqueeze(-1), out=torch.empty_like(x))
 
 
 def _stride(plan: Plan, size: int) -> int:

@@ -23,15 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.triton import launch
-from flash_plugin.kernels.triton.launch import Options, Panel, Quotient, States
-from flash_plugin.kernels.triton.plan import Bounds, Plan, make_linear_plan
+from flash_plugin.kernels.triton.launch import Options, Panel, Quotient, States, times
+from flash_plugin.kernels.triton.plan import WHOLE, Plan, Spans, make_linear_plan
+from flash_plugin.kernels.triton.registration import differentiable
 from flash_plugin.kernels.triton.shapes import tile_size
 
 #: Stands for 1 in the columns of the values that sum the weights: float16 would hold no more than 65504 keys.
 UNIT = 2.0**-7
 
-# A spacing that no sequence reaches: all tiles share one state.
-_WHOLE = 2**30
 # Linear pairs know neither activation nor scale.
 _OPTIONS = Options("relu2", 1.0, 1.0)
 # Which states there are, by whether they sum backwards: those of keys, and those of queries for the keys' gradient.
@@ -48,11 +47,10 @@ def linear(
     k: Tensor,
     v: Tensor,
     initial: Tensor | None,
-    document: Tensor,
+    start: Tensor | None,
     end: Tensor | None,
     real: Tensor | None,
     causal: bool,
-    segmented: bool,
     normalize: bool,
     scale: float,
     eps: float,
@@ -66,12 +64,11 @@ def linear(
         v: Values, ``[b, s, e]``.
         initial: State before each row's first document, ``[b, z, e]``; with ``normalize`` :func:`padded_width` wide,
             ``UNIT`` times the sum of the keys in its last columns.
-        document: Index of the first token of each token's document, -1 where ``initial`` lies before it,
-            ``[b or 1, s]`` int32.
-        end: Index one past the last token of it, int32; None if causal or not ``segmented``.
-        real: False at padding keys, int8.
+        start: Index of the first token of each token's document, ``[rows or 1, s]`` int64, of rows that follow each
+            other in ``b``, each as many times; None: all are single documents, and the next two are None too.
+        end: Index one past the last token of it, likewise; None if ``causal``.
+        real: False at padding keys, bool.
         causal: Whether the sum runs over ``s <= t`` or over the whole document.
-        segmented: Whether rows may hold several documents, or padding.
         normalize: Divide by the sum of the weights.
         scale: Factor of the weights.
         eps: Added to their sum.
@@ -83,7 +80,8 @@ def linear(
         as ``initial``, empty if not wanted.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    plan = _plan(q, v, document, end, real, causal, segmented)
+    segmented = start is not None
+    plan = _plan(q, v, Spans(start, start, end, real), causal, initial is not None)
     values = _with_units(v) if normalize else v
     panel, order, parts = Panel.bands(plan), _OF_KEYS[: _directions(causal, segmented)], _parts(v, normalize)
     q_marks, k_marks = _marks(plan, segmented)
@@ -106,10 +104,10 @@ def linear(
 
 @linear.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, document: Tensor, end: Tensor | None, real: Tensor | None,
-    causal: bool, segmented: bool, normalize: bool, scale: float, eps: float, final: bool,
+    q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, start: Tensor | None, end: Tensor | None,
+    real: Tensor | None, causal: bool, normalize: bool, scale: float, eps: float, final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (batch, length, e), z = v.shape, q.shape[-1]
+    (batch, length, e), z, segmented = v.shape, q.shape[-1], start is not None
     spacing, parts = _spacing(v.dtype, z, e), _parts(v, normalize)
     count = (length + spacing - 1) // spacing if causal or segmented else 1
     width = padded_width(e) if normalize else e
@@ -130,19 +128,19 @@ def linear_backward(
     k: Tensor,
     v: Tensor,
     initial: Tensor | None,
-    document: Tensor,
+    start: Tensor | None,
     end: Tensor | None,
     real: Tensor | None,
     out: Tensor | None,
     factor: Tensor,
     states: Tensor,
     causal: bool,
-    segmented: bool,
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v and initial, empty if there is none; ``out`` in float32, only of a quotient."""
     grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    plan = _plan(q, v, document, end, real, causal, segmented)
+    segmented = start is not None
+    plan = _plan(q, v, Spans(start, start, end, real), causal, initial is not None)
     panel, directions, parts = Panel.bands(plan), _directions(causal, segmented), _parts(v, out is not None)
     order, back_order = _OF_KEYS[:directions], _OF_QUERIES[:directions]
     q_marks, k_marks = _marks(plan, segmented)
@@ -174,15 +172,15 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _(
-    grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, document: Tensor,
-    end: Tensor | None, real: Tensor | None, out: Tensor | None, factor: Tensor, states: Tensor, causal: bool,
-    segmented: bool, scale: float,
+    grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None,
+    start: Tensor | None, end: Tensor | None, real: Tensor | None, out: Tensor | None, factor: Tensor, states: Tensor,
+    causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     return [v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, initial)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.causal, ctx.segmented, normalize, ctx.scale, _, ctx.final = inputs
+    *tensors, ctx.causal, normalize, ctx.scale, _, ctx.final = inputs
     out, exact, factor, states, _ = output
     exact = exact if _parts(out, normalize) == 2 else out
     ctx.save_for_backward(*tensors, exact if normalize else None, factor, states)
@@ -192,15 +190,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, grad_final = ctx.saved_tensors, others[-1] if ctx.final else None
     if grad is None and grad_final is None:
-        return (None,) * 13
+        return (None,) * 12
     if grad is None:
         grad = torch.zeros_like(saved[2])
-    gradients = linear_backward(grad, grad_final, *saved, ctx.causal, ctx.segmented, ctx.scale)
+    gradients = linear_backward(grad, grad_final, *saved, ctx.causal, ctx.scale)
     wanted = (None if x is None else gradient for x, gradient in zip(saved[:4], gradients, strict=True))
-    return (*wanted, *(None,) * 9)
+    return (*wanted, *(None,) * 8)
 
 
-linear.register_autograd(_backward, setup_context=_setup_context)
+differentiable_linear = differentiable(linear, _setup_context, _backward)
 
 
 def padded_width(width: int) -> int:
@@ -227,14 +225,12 @@ def _spacing(dtype: torch.dtype, z: int, e: int) -> int:
     return -(-2 * z * e // ((z + e) * tile)) * tile
 
 
-def _plan(
-    q: Tensor, v: Tensor, document: Tensor, end: Tensor | None, real: Tensor | None, causal: bool, segmented: bool
-) -> Plan:
-    # Every key lies before the first one to attend to: all pairs are linear.
-    bounds = Bounds(torch.full_like(document, v.shape[1]), end, document, real)
-    pairs = causal or segmented
-    spacing = _spacing(v.dtype, q.shape[-1], v.shape[-1]) if pairs else _WHOLE
-    return make_linear_plan(bounds, tile=tile_size(v.dtype), spacing=spacing, pairs=pairs)
+def _plan(q: Tensor, v: Tensor, spans: Spans, causal: bool, initial: bool) -> Plan:
+    pairs = causal or spans.document_start is not None
+    spacing = _spacing(v.dtype, q.shape[-1], v.shape[-1]) if pairs else WHOLE
+    return make_linear_plan(
+        spans, v, tile=tile_size(v.dtype), spacing=spacing, causal=causal, pairs=pairs, initial=initial
+    )
 
 
 def _marks(plan: Plan, segmented: bool) -> tuple[_Marks, _Marks]:
@@ -245,8 +241,9 @@ def _marks(plan: Plan, segmented: bool) -> tuple[_Marks, _Marks]:
     """
     if not segmented:
         return (None, None), (None, None)
-    enters, reads, real = plan.enters_state(), plan.reads_state(), plan.bounds.real
-    return (enters, reads), (enters, reads if real is None else reads & real)
+    enters, reads = plan.enters, plan.reads
+    assert reads is not None
+    return (enters, reads), (enters, reads if plan.real is None else reads * plan.real)
 
 
 def _sums(
@@ -259,7 +256,7 @@ def _sums(
     for number, reverse in enumerate(order):
         start, wanted = (initial, final) if number == 0 else (None, False)
         _, found = launch.running_states(
-            plan, _masked(x, marks[reverse]), y, start, reverse=reverse, final=wanted, into=states[:, :, number]
+            plan, times(x, marks[reverse]), y, start, reverse=reverse, final=wanted, into=states[:, :, number]
         )
         total = found if number == 0 else total
     return States(states.flatten(2, 4), plan.spacing), total
@@ -276,7 +273,7 @@ def _sum_of_all(plan: Plan, x: Tensor, y: Tensor, parts: int) -> States:
 
 def _readers(x: Tensor, marks: _Marks, order: tuple[bool, ...], parts: int) -> Tensor:
     """``[b, s, z * directions * parts]``: ``x`` where it reads the states, else 0."""
-    each = [part for reverse in order for part in [_masked(x, marks[not reverse])] * parts]
+    each = [part for reverse in order for part in [times(x, marks[not reverse])] * parts]
     return each[0] if len(each) == 1 else torch.cat(each, dim=-1)
 
 
@@ -296,9 +293,4 @@ def _through_states(
 
 
 def _row_scale(plan: Plan, scale: float) -> Tensor | None:
-    return None if scale == 1.0 else torch.full_like(plan.bounds.document, scale, dtype=torch.float32)
-
-
-def _masked(tensor: Tensor, mark: Tensor | None) -> Tensor:
-    """``[b, s, z]`` with 0 at unmarked tokens; itself if all are."""
-    return tensor if mark is None else tensor * mark.unsqueeze(-1)
+    return None if scale == 1.0 else torch.full_like(plan.document, scale, dtype=torch.float32)

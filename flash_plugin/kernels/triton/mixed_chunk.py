@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_plugin.kernels.triton import launch
-from flash_plugin.kernels.triton.launch import Options, Panel, States
-from flash_plugin.kernels.triton.plan import Bounds, Plan, make_plan
+from flash_plugin.kernels.triton.launch import Options, Panel, States, times
+from flash_plugin.kernels.triton.plan import WHOLE, Divisors, Plan, Spans, make_plan
+from flash_plugin.kernels.triton.registration import differentiable
 from flash_plugin.kernels.triton.shapes import tile_size
-
-# A spacing that no sequence reaches: all tiles share one state.
-_WHOLE = 2**30
 
 
 @torch.library.custom_op("flash_plugin::mixed_chunk", mutates_args=())
@@ -35,43 +33,46 @@ def mixed_chunk(
     gate: Tensor | None,
     bias: Tensor | None,
     initial: Tensor | None,
-    row_scale: Tensor | None,
-    first: Tensor,
-    last: Tensor | None,
-    document: Tensor,
+    count: Tensor | None,
+    document_start: Tensor | None,
+    chunk_start: Tensor | None,
+    chunk_end: Tensor | None,
     real: Tensor | None,
     chunk_size: int,
-    aligned: bool,
+    causal: bool,
     linear: bool,
     final: bool,
     activation: str,
+    normalizer: str,
     scale: float,
     gain: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``open(gate) row_scale (local + global)``, with the global queries already divided.
+    """Mixed chunk attention, ``open(gate) (local + global)``.
 
     Args:
         q_local: Local queries, ``[b, s, z]``.
         k_local: Local keys, ``[b, s, z]``.
-        q_global: Global queries, ``[b, s, z]``, times what the global sum is to be multiplied by over ``row_scale``.
+        q_global: Global queries, ``[b, s, z]``.
         k_global: Global keys, ``[b, s, z]``.
         v: Values, ``[b, s, e]``.
         gate: Multiplies the result, ``[b, s, e]``.
         bias: Added to local scores, ``[2c - 1]``.
         initial: State before each row's first document, ``[b, z, e]``.
-        row_scale: Multiplies each token's sum, ``[b or 1, s]`` float32.
-        first: Index of the first key each token attends to, ``[b or 1, s]`` int32.
-        last: Index one past the last one, int32; None if causal.
-        document: Index of the first token of each token's document, -1 where ``initial`` lies before it, int32.
-        real: False at padding keys, int8.
+        count: Tokens it holds, ``[b]`` int64.
+        document_start: Index of the first token of each token's document, ``[b or 1, s]`` int64; None: all rows are
+            single documents, and the next three are None too.
+        chunk_start: Index of the first token of each token's chunk, likewise.
+        chunk_end: Index one past the last one, likewise; None if ``causal``.
+        real: False at padding keys, bool.
         chunk_size: Most tokens of a chunk.
-        aligned: Whether every row is one document, so that chunks begin at multiples of ``chunk_size``.
+        causal: Whether tokens see only themselves and what lies before them.
         linear: Whether there is a global part. A bidirectional one takes in all of the row's tokens.
         final: Whether the state behind the last token is wanted.
         activation: Attention function.
+        normalizer: What divides both parts.
         scale: Factor of the local q.k.
-        gain: Factor of the attention weights, which ``row_scale`` takes back: keeps them of order one.
+        gain: Factor of the attention weights, which is divided by again: keeps them of order one.
         silu: Apply SiLU to ``v`` and ``gate``.
 
     Returns:
@@ -81,18 +82,20 @@ def mixed_chunk(
     inputs = (x.contiguous() for x in (q_local, k_local, q_global, k_global, v))
     q_local, k_local, q_global, k_global, v = inputs
     gate = None if gate is None else gate.contiguous()
-    plan = _plan(v, Bounds(first, last, document, real), chunk_size, aligned, linear)
+    spans = Spans(document_start, chunk_start, chunk_end, real)
+    plan = _plan(v, spans, chunk_size, causal, linear, normalizer, gain, count)
+    queries = times(q_global, plan.share)
     values = F.silu(v) if silu else v
     states, total = _states(plan, k_global, values, initial, linear, final)
     panel = Panel.bands(plan)
     options = Options(activation, scale, gain)
     weights, _ = launch.compute_scores(
-        plan, panel, options, (q_local, k_local), (q_global, k_global), bias, with_slopes=False
+        plan, panel, options, (q_local, k_local), (queries, k_global), bias, with_slopes=False
     )
     out = torch.empty_like(v)
     mixed = None if gate is None else torch.empty_like(v)
-    reader = _masked(q_global, plan.reads_state() if plan.direct else None)
-    launch.mix(plan, panel, weights, values, reader, states, row_scale, gate, silu, mixed, out)
+    reader = times(queries, plan.reads)
+    launch.mix(plan, panel, weights, values, reader, states, plan.row_scale, gate, silu, mixed, out)
     return (
         out,
         v.new_empty(0) if mixed is None else mixed,
@@ -104,17 +107,17 @@ def mixed_chunk(
 @mixed_chunk.register_fake
 def _(
     q_local: Tensor, k_local: Tensor, q_global: Tensor, k_global: Tensor, v: Tensor, gate: Tensor | None,
-    bias: Tensor | None, initial: Tensor | None, row_scale: Tensor | None, first: Tensor, last: Tensor | None,
-    document: Tensor, real: Tensor | None, chunk_size: int, aligned: bool, linear: bool, final: bool, activation: str,
-    scale: float, gain: float, silu: bool,
+    bias: Tensor | None, initial: Tensor | None, count: Tensor | None, document_start: Tensor | None,
+    chunk_start: Tensor | None, chunk_end: Tensor | None, real: Tensor | None, chunk_size: int, causal: bool,
+    linear: bool, final: bool, activation: str, normalizer: str, scale: float, gain: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, length, e), z = v.shape, q_local.shape[-1]
     spacing = _spacing(v.dtype, chunk_size)
-    count = 1 if last is not None else (length + spacing - 1) // spacing
+    states = (length + spacing - 1) // spacing if causal else 1
     return (
         v.new_empty(v.shape),
         v.new_empty(0) if gate is None else v.new_empty(v.shape),
-        v.new_empty(batch, count, z, e) if linear else v.new_empty(0),
+        v.new_empty(batch, states, z, e) if linear else v.new_empty(0),
         v.new_empty((batch, z, e) if final else (0,), dtype=torch.float32),
     )
 
@@ -131,17 +134,18 @@ def mixed_chunk_backward(
     gate: Tensor | None,
     bias: Tensor | None,
     initial: Tensor | None,
-    row_scale: Tensor | None,
-    first: Tensor,
-    last: Tensor | None,
-    document: Tensor,
+    count: Tensor | None,
+    document_start: Tensor | None,
+    chunk_start: Tensor | None,
+    chunk_end: Tensor | None,
     real: Tensor | None,
     mixed: Tensor,
     states: Tensor,
     chunk_size: int,
-    aligned: bool,
+    causal: bool,
     linear: bool,
     activation: str,
+    normalizer: str,
     scale: float,
     gain: float,
     silu: bool,
@@ -150,23 +154,23 @@ def mixed_chunk_backward(
     inputs = (x.contiguous() for x in (grad, q_local, k_local, q_global, k_global, v))
     grad, q_local, k_local, q_global, k_global, v = inputs
     gate = None if gate is None else gate.contiguous()
-    plan = _plan(v, Bounds(first, last, document, real), chunk_size, aligned, linear)
+    spans = Spans(document_start, chunk_start, chunk_end, real)
+    plan = _plan(v, spans, chunk_size, causal, linear, normalizer, gain, count)
     panel = Panel.bands(plan)
+    queries = times(q_global, plan.share)
     values = F.silu(v) if silu else v
-    dmixed, dgate = launch.gate_gradient(plan, grad, gate, mixed, row_scale, silu)
-    reads = plan.reads_state() if plan.direct else None
-    enters = plan.enters_state() if plan.direct else None
+    dmixed, dgate = launch.gate_gradient(plan, grad, gate, mixed, plan.row_scale, silu)
 
     backward_states, dinitial = None, None
-    if linear and last is None:
+    if linear and causal:
         backward_states, dinitial = launch.running_states(
-            plan, _masked(q_global, reads), dmixed, grad_final, reverse=True, final=initial is not None
+            plan, times(queries, plan.reads), dmixed, grad_final, reverse=True, final=initial is not None
         )
     elif linear:
-        backward_states = _sum_of_all(q_global, dmixed)
+        backward_states = _sum_of_all(queries, dmixed)
 
     weights, slopes = launch.compute_scores(
-        plan, panel, Options(activation, scale, gain), (q_local, k_local), (q_global, k_global), bias, with_slopes=True
+        plan, panel, Options(activation, scale, gain), (q_local, k_local), (queries, k_global), bias, with_slopes=True
     )
     assert slopes is not None
     diagonals = None if bias is None else launch.BiasGradient(plan, bias, len(v))
@@ -175,7 +179,7 @@ def mixed_chunk_backward(
     )
     dv = torch.empty_like(v)
     launch.value_gradient(
-        plan, panel, weights, dmixed, _masked(k_global, enters), backward_states, v if silu else None, dv
+        plan, panel, weights, dmixed, times(k_global, plan.enters), backward_states, v if silu else None, dv
     )
     dq_local, dk_local = torch.empty_like(q_local), torch.empty_like(k_local)
     launch.query_gradient(plan, panel, dscores, k_local, dq_local, scale=scale)
@@ -184,15 +188,17 @@ def mixed_chunk_backward(
     if dlinear is not None:
         dq_linear, dk_linear = (torch.empty_like(x, dtype=torch.float32) for x in (q_global, k_global))
         launch.query_gradient(plan, panel, dlinear, k_global, dq_linear)
-        launch.key_gradient(plan, panel, dlinear, q_global, dk_linear)
+        launch.key_gradient(plan, panel, dlinear, queries, dk_linear)
     dq_global, dk_global = torch.empty_like(q_global), torch.empty_like(k_global)
     if backward_states is None:
         dq_global.zero_()
         dk_global.zero_()
     else:
         forward_states = States(states, backward_states.spacing)
-        launch.state_gradient(plan, dmixed, forward_states, dq_linear, reads, queries=True, out=dq_global)
-        launch.state_gradient(plan, values, backward_states, dk_linear, enters, queries=False, out=dk_global)
+        launch.state_gradient(
+            plan, dmixed, forward_states, dq_linear, plan.reads, queries=True, out=dq_global, row_scale=plan.share
+        )
+        launch.state_gradient(plan, values, backward_states, dk_linear, plan.enters, queries=False, out=dk_global)
     if initial is not None and dinitial is not None:
         dinitial = dinitial.to(initial.dtype)
     given = (dgate, None if diagonals is None else diagonals.total(), dinitial)
@@ -202,16 +208,18 @@ def mixed_chunk_backward(
 @mixed_chunk_backward.register_fake
 def _(
     grad: Tensor, grad_final: Tensor | None, q_local: Tensor, k_local: Tensor, q_global: Tensor, k_global: Tensor,
-    v: Tensor, gate: Tensor | None, bias: Tensor | None, initial: Tensor | None, row_scale: Tensor | None,
-    first: Tensor, last: Tensor | None, document: Tensor, real: Tensor | None, mixed: Tensor, states: Tensor,
-    chunk_size: int, aligned: bool, linear: bool, activation: str, scale: float, gain: float, silu: bool,
+    v: Tensor, gate: Tensor | None, bias: Tensor | None, initial: Tensor | None, count: Tensor | None,
+    document_start: Tensor | None, chunk_start: Tensor | None, chunk_end: Tensor | None, real: Tensor | None,
+    mixed: Tensor, states: Tensor, chunk_size: int, causal: bool, linear: bool, activation: str, normalizer: str,
+    scale: float, gain: float, silu: bool,
 ) -> list[Tensor]:  # fmt: skip
     inputs = (q_local, k_local, q_global, k_global, v, gate, bias, initial)
     return [v.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk_size, ctx.aligned, ctx.linear, _, ctx.activation, ctx.scale, ctx.gain, ctx.silu = inputs
+    tensors, (chunk_size, causal, linear, _, *others) = inputs[:13], inputs[13:]
+    ctx.options = (chunk_size, causal, linear, *others)
     _, mixed, states, _ = output
     ctx.save_for_backward(*tensors, mixed, states)
     ctx.set_materialize_grads(False)
@@ -223,17 +231,15 @@ def _backward(
     saved = ctx.saved_tensors
     given = saved[:8]
     if grad is None and grad_final is None:
-        return (None,) * 21
+        return (None,) * 22
     if grad is None:
         grad = torch.zeros_like(saved[4])
-    gradients = mixed_chunk_backward(
-        grad, grad_final, *saved, ctx.chunk_size, ctx.aligned, ctx.linear, ctx.activation, ctx.scale, ctx.gain, ctx.silu
-    )
+    gradients = mixed_chunk_backward(grad, grad_final, *saved, *ctx.options)
     wanted = (None if x is None else gradient for x, gradient in zip(given, gradients, strict=True))
-    return (*wanted, *(None,) * 13)
+    return (*wanted, *(None,) * 14)
 
 
-mixed_chunk.register_autograd(_backward, setup_context=_setup_context)
+differentiable_mixed_chunk = differentiable(mixed_chunk, _setup_context, _backward)
 
 
 def _spacing(dtype: torch.dtype, chunk_size: int) -> int:
@@ -241,17 +247,22 @@ def _spacing(dtype: torch.dtype, chunk_size: int) -> int:
     return (chunk_size + tile - 1) // tile * tile
 
 
-def _plan(v: Tensor, bounds: Bounds, chunk_size: int, aligned: bool, linear: bool) -> Plan:
-    tile, causal = tile_size(v.dtype), bounds.last is None
-    # Rows of one document, cut into whole tiles: no chunk reaches into a tile of another one.
-    aligned = aligned and chunk_size % tile == 0
+def _plan(
+    v: Tensor, spans: Spans, chunk_size: int, causal: bool, linear: bool, normalizer: str, gain: float,
+    count: Tensor | None,
+) -> Plan:  # fmt: skip
+    tile = tile_size(v.dtype)
+    others = chunk_size if causal and normalizer == "chunk" else v.shape[1]
     return make_plan(
-        bounds,
+        spans,
+        v,
         tile=tile,
         spacing=_spacing(v.dtype, chunk_size) if causal else tile,
-        reach=chunk_size,
-        aligned=aligned,
-        direct=causal and linear and not aligned,
+        causal=causal,
+        size=chunk_size,
+        divisors=Divisors(normalizer == "visible", gain, float(others), count),
+        linear=linear,
+        initial=count is not None,
     )
 
 
@@ -260,19 +271,13 @@ def _states(
 ) -> tuple[States | None, Tensor | None]:
     if not linear:
         return None, None
-    if plan.bounds.last is not None:
+    if plan.last is not None:
         return _sum_of_all(keys, values), None
-    keys = _masked(keys, plan.enters_state() if plan.direct else None)
-    return launch.running_states(plan, keys, values, initial, reverse=False, final=final)
+    return launch.running_states(plan, times(keys, plan.enters), values, initial, reverse=False, final=final)
 
 
 def _sum_of_all(x: Tensor, y: Tensor) -> States:
     """The one state of rows whose tokens all see each other."""
     # A backward may run where autocast is on; it must not choose the dtype of what kernels read.
     with torch.autocast(x.device.type, enabled=False):
-        return States((x.mT @ y).unsqueeze(1), _WHOLE)
-
-
-def _masked(tensor: Tensor, mark: Tensor | None) -> Tensor:
-    """``[b, s, z]`` with 0 at unmarked tokens; itself if all are."""
-    return tensor if mark is None else tensor * mark.unsqueeze(-1)
+        return States((x.mT @ y).unsqueeze(1), WHOLE)

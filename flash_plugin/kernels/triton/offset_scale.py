@@ -21,6 +21,7 @@ from flash_plugin.kernels.triton.offset_scale_kernels import (
     offset_scale_kernel,
 )
 from flash_plugin.kernels.triton.partial_sums import rows_per_program
+from flash_plugin.kernels.triton.registration import differentiable
 
 
 @torch.library.custom_op("flash_plugin::offset_scale", mutates_args=())
@@ -83,8 +84,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *found: Any) -> tuple[Tensor | None, ...]:
     base, gamma, angles = ctx.saved_tensors
+    grads = found[0] if isinstance(found[0], list) else found
     if all(grad is None for grad in grads):
         return (None,) * 5
     given = [torch.zeros_like(base) if grad is None else grad for grad in grads]
@@ -92,7 +94,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     return dbase, dgamma, dbeta, None, None
 
 
-offset_scale.register_autograd(_backward, setup_context=_setup_context)
+differentiable_offset_scale = differentiable(offset_scale, _setup_context, _backward)
 
 
 def _four(tensors: list[Tensor]) -> list[Tensor | None]:

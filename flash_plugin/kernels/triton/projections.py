@@ -93,16 +93,17 @@ def key_gradient_kernel(
 @tuned(_CONFIGS, key=["length", "E"], fits=by_tile)
 @triton.jit
 def state_gradient_kernel(
-    x_ptr, states_ptr, mixes_ptr, direct_ptr, begin_ptr, out_ptr,
+    x_ptr, states_ptr, mixes_ptr, direct_ptr, row_scale_ptr, begin_ptr, out_ptr,
     length, token_stride, tile_stride, state_stride, states, spacing,
     Z: tl.constexpr, E: tl.constexpr, BLOCK_Z: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
-    DIRECT: tl.constexpr, MARKED: tl.constexpr, EVEN_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    DIRECT: tl.constexpr, MARKED: tl.constexpr, SCALED: tl.constexpr, EVEN_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``out = direct + x state^T``, the second part at tokens that ``mixes`` marks, ``x`` ``[b, s, e]``.
+    """``out = row_scale (direct + x state^T)``, the second part at tokens that ``mixes`` marks, ``x`` ``[b, s, e]``.
 
     ``QUERIES``: the state is the one that the row's tile reads, else the one its keys enter. ``direct`` ``[b, s, z]``
-    float32 comes with ``DIRECT``, ``mixes`` ``[b, s]`` int8 with ``MARKED``. Grid: row tiles, blocks of z, batch.
+    float32 comes with ``DIRECT``, ``mixes`` ``[b, s]`` int8 with ``MARKED``, ``row_scale`` ``[b, s]`` float32 with
+    ``SCALED``. Grid: row tiles, blocks of z, batch.
     """
     batch = tl.program_id(2).to(tl.int64)
     row_tile = tl.program_id(0)
@@ -135,4 +136,6 @@ def state_gradient_kernel(
             x = tl.load(x_row + column, mask=mixes[:, None] & (column < E), other=0.0)
             state = tl.load(state_row + column, mask=(key < Z)[:, None] & (column < E), other=0.0)
         acc = tl.dot(x, tl.trans(state), acc, input_precision=PRECISION)
+    if SCALED:
+        acc *= tl.load(row_scale_ptr + batch * token_stride + rows, mask=rows < length, other=0.0)[:, None]
     tl.store(out_ptr + start * Z + square, acc.to(out_ptr.dtype.element_ty), mask=inside)

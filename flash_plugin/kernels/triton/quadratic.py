@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flash_plugin.kernels.triton import launch
 from flash_plugin.kernels.triton.launch import Options, Panel
-from flash_plugin.kernels.triton.plan import Bounds, Plan, make_plan
+from flash_plugin.kernels.triton.plan import WHOLE, Divisors, Plan, Spans, make_plan
+from flash_plugin.kernels.triton.registration import differentiable
 from flash_plugin.kernels.triton.shapes import tile_size
 
 # Bytes of one buffer of weights; the backward holds three of them.
@@ -32,16 +33,17 @@ def quadratic(
     v: Tensor,
     gate: Tensor | None,
     bias: Tensor | None,
-    row_scale: Tensor | None,
-    first: Tensor,
-    last: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
     real: Tensor | None,
+    causal: bool,
     activation: str,
+    visible: bool,
     scale: float,
     gain: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``open(gate) row_scale sum_s gain act(scale q_t.k_s + bias) v_s``.
+    """``open(gate) sum_s act(scale q_t.k_s + bias) v_s``, divided by the number of keys if ``visible``.
 
     Args:
         q: Queries, ``[b, s, z]``.
@@ -49,13 +51,15 @@ def quadratic(
         v: Values, ``[b, s, e]``.
         gate: Multiplies the result, ``[b, s, e]``.
         bias: Added to scores, ``[2s - 1]``.
-        row_scale: Multiplies each token's sum, ``[b or 1, s]`` float32.
-        first: Index of the first key each token attends to, ``[b or 1, s]`` int32.
-        last: Index one past the last one, int32; None if causal.
-        real: False at padding keys, int8.
+        start: Index of the first token of each token's document, ``[b or 1, s]`` int64; None: all rows are single
+            documents, and the next two are None too.
+        end: Index one past the last one, likewise; None if ``causal``.
+        real: False at padding keys, bool.
+        causal: Whether tokens see only themselves and what lies before them.
         activation: Attention function.
+        visible: Divide by the number of keys a token sees.
         scale: Factor of q.k.
-        gain: Factor of the attention weights, which ``row_scale`` takes back: keeps them of order one.
+        gain: Factor of the attention weights, which is divided by again: keeps them of order one.
         silu: Apply SiLU to ``v`` and ``gate``.
 
     Returns:
@@ -63,24 +67,25 @@ def quadratic(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gate = None if gate is None else gate.contiguous()
-    plan = _plan(v, Bounds(first, last, first, real))
+    plan = _plan(v, Spans(start, start, end, real), causal, visible, gain)
     values = F.silu(v) if silu else v
     options = Options(activation, scale, gain)
     out = torch.empty_like(v)
     mixed = None if gate is None else torch.empty_like(v)
     for row0, rows in _panels(plan, v):
         # Causal rows see no key beyond their own panel.
-        width = row0 + rows if last is None else plan.width
+        width = row0 + rows if causal else plan.width
         panel = Panel(rows, width, row0=row0, col0=0)
         weights, _ = launch.compute_scores(plan, panel, options, (q, k), None, bias, with_slopes=False)
-        launch.mix(plan, panel, weights, values, None, None, row_scale, gate, silu, mixed, out)
+        launch.mix(plan, panel, weights, values, None, None, plan.row_scale, gate, silu, mixed, out)
     return out, v.new_empty(0) if mixed is None else mixed
 
 
 @quadratic.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, row_scale: Tensor | None, first: Tensor,
-    last: Tensor | None, real: Tensor | None, activation: str, scale: float, gain: float, silu: bool,
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, start: Tensor | None,
+    end: Tensor | None, real: Tensor | None, causal: bool, activation: str, visible: bool, scale: float, gain: float,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return v.new_empty(v.shape), v.new_empty(0) if gate is None else v.new_empty(v.shape)
 
@@ -93,12 +98,13 @@ def quadratic_backward(
     v: Tensor,
     gate: Tensor | None,
     bias: Tensor | None,
-    row_scale: Tensor | None,
-    first: Tensor,
-    last: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
     real: Tensor | None,
     mixed: Tensor,
+    causal: bool,
     activation: str,
+    visible: bool,
     scale: float,
     gain: float,
     silu: bool,
@@ -106,10 +112,10 @@ def quadratic_backward(
     """Gradients of q, k, v, gate and bias; empty where there is no input."""
     grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     gate = None if gate is None else gate.contiguous()
-    plan = _plan(v, Bounds(first, last, first, real))
+    plan = _plan(v, Spans(start, start, end, real), causal, visible, gain)
     options = Options(activation, scale, gain)
     values = F.silu(v) if silu else v
-    dmixed, dgate = launch.gate_gradient(plan, grad, gate, mixed, row_scale, silu)
+    dmixed, dgate = launch.gate_gradient(plan, grad, gate, mixed, plan.row_scale, silu)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     dq = torch.zeros_like(q, dtype=torch.float32)
     diagonals = None if bias is None else launch.BiasGradient(plan, bias, len(v))
@@ -123,39 +129,41 @@ def quadratic_backward(
         launch.query_gradient(plan, panel, dscores, k, dq, add=True)
         launch.key_gradient(plan, panel, dscores, q, dk, scale=scale)
     given = (dgate, None if diagonals is None else diagonals.total())
-    return [(dq * scale).to(q.dtype), dk, dv, *(v.new_empty(0) if x is None else x for x in given)]
+    return [torch.mul(dq, scale, out=torch.empty_like(q)), dk, dv, *(v.new_empty(0) if x is None else x for x in given)]
 
 
 @quadratic_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, row_scale: Tensor | None,
-    first: Tensor, last: Tensor | None, real: Tensor | None, mixed: Tensor, activation: str, scale: float, gain: float,
-    silu: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, start: Tensor | None,
+    end: Tensor | None, real: Tensor | None, mixed: Tensor, causal: bool, activation: str, visible: bool, scale: float,
+    gain: float, silu: bool,
 ) -> list[Tensor]:  # fmt: skip
     return [v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, gate, bias)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, ctx.scale, ctx.gain, ctx.silu = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:8], output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_mixed: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad is None:
-        return (None,) * 13
-    gradients = quadratic_backward(grad, *saved, ctx.activation, ctx.scale, ctx.gain, ctx.silu)
+        return (None,) * 14
+    gradients = quadratic_backward(grad, *saved, *ctx.options)
     wanted = (None if x is None else gradient for x, gradient in zip(saved[:5], gradients, strict=True))
-    return (*wanted, *(None,) * 8)
+    return (*wanted, *(None,) * 9)
 
 
-quadratic.register_autograd(_backward, setup_context=_setup_context)
+differentiable_quadratic = differentiable(quadratic, _setup_context, _backward)
 
 
-def _plan(v: Tensor, bounds: Bounds) -> Plan:
-    tile = tile_size(v.dtype)
-    return make_plan(bounds, tile=tile, spacing=tile)
+def _plan(v: Tensor, spans: Spans, causal: bool, visible: bool, gain: float) -> Plan:
+    tile, divisors = tile_size(v.dtype), Divisors(visible, gain)
+    return make_plan(
+        spans, v, tile=tile, spacing=tile, causal=causal, size=WHOLE, divisors=divisors, linear=False, initial=False
+    )
 
 
 def _panels(plan: Plan, v: Tensor) -> Iterator[tuple[int, int]]:

@@ -188,11 +188,11 @@ def test_memory_grows_with_the_sequence_alone(causal, layout, monkeypatch):
 def arguments(causal: bool, normalize: bool) -> tuple[Any, ...]:
     """What the operator itself takes, for rows of several documents."""
     q, k, v = (t.squeeze(1).float().requires_grad_() for t in inputs_for(2, 1, 70, 8, 16).values())
-    t = torch.arange(70, dtype=torch.int32).expand(2, -1)
-    document = torch.where(t < 30, -1 if causal else 0, 30).int()
-    end = None if causal else torch.where(t < 30, 30, 70).int()
+    t = torch.arange(70).expand(2, -1)
+    start = torch.where(t < 30, 0, 30)
+    end = None if causal else torch.where(t < 30, 30, 70)
     initial = torch.randn(2, 8, padded_width(16) if normalize else 16).requires_grad_() if causal else None
-    return (q, k, v, initial, document, end, None, causal, True, normalize, 0.5, 1e-6, causal)
+    return (q, k, v, initial, start, end, None, causal, normalize, 0.5, 1e-6, causal)
 
 
 @CAUSAL
@@ -204,18 +204,16 @@ def test_the_operator_passes_opcheck(causal):
 @CAUSAL
 def test_meta_tensors_have_the_shapes_of_real_ones(causal, dtype):
     for segmented, normalize in ((True, True), (False, False)):
-        if causal or segmented:
-            given = list(arguments(causal, normalize))
-            given[8] = segmented
-        else:
-            given = [*arguments(False, normalize)[:5], None, None, False, False, normalize, 0.5, 1e-6, False]
+        given = list(arguments(causal, normalize))
+        if not segmented:
+            given[4:6] = [None, None]
         real = [x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
         meta = [x.to("meta") if isinstance(x, Tensor) else x for x in real]
         outputs, shapes = linear(*real), linear(*meta)
         for actual, fake in zip(outputs, shapes, strict=True):
             assert (actual.shape, actual.dtype) == (fake.shape, fake.dtype)
         _, exact, factor, states, _ = outputs
-        saved = (exact if normalize else None, factor, states, causal, segmented, 0.5)
+        saved = (exact if normalize else None, factor, states, causal, 0.5)
         faked = [x.to("meta") if isinstance(x, Tensor) else x for x in saved]
         gradients = linear_backward(real[2], None, *real[:7], *saved)
         shapes = linear_backward(meta[2], None, *meta[:7], *faked)

@@ -32,25 +32,21 @@ def attend(x: dict[str, Tensor], **options: Any) -> Tensor:
     return out
 
 
-def indices(causal: bool) -> dict[str, Tensor | None]:
-    t = torch.arange(70, dtype=torch.int32)[None]
-    return {"first": t // 32 * 32, "last": None if causal else (t // 32 * 32 + 32).clamp(max=70), "real": None}
-
-
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_the_operators_pass_opcheck(causal):
-    bounds = indices(causal)
-    first, last, real = bounds["first"], bounds["last"], bounds["real"]
-    row_scale = torch.full((1, 70), 0.1)
+    t = torch.arange(70)[None]
+    start, end = torch.where(t < 30, 0, 30), torch.where(t < 30, 30, 70)
     x = leaves(QUADRATIC)
     bias = torch.randn(139).requires_grad_()
-    arguments = (*x.values(), bias, row_scale, first, last, real, "relu2", 0.25, 1.0, True)
-    torch.library.opcheck(quadratic, arguments)
+    given = (bias, start, None if causal else end, t != 7)
+    torch.library.opcheck(quadratic, (*x.values(), *given, causal, "relu2", True, 0.25, 2.0, True))
     x = leaves(MIXED)
     bias, initial = torch.randn(63).requires_grad_(), torch.randn(1, 16, 32).requires_grad_()
-    document = torch.full((1, 70), -1 if causal else 0, dtype=torch.int32)
-    given = (bias, initial if causal else None, row_scale, first, last, document, real)
-    torch.library.opcheck(mixed_chunk, (*x.values(), *given, 32, False, True, causal, "laplace", 0.25, 1.0, True))
+    # A bidirectional operator has a global part for rows of one document only.
+    given = (initial, torch.tensor([5]), start, start, None, t != 7) if causal else (None,) * 6
+    torch.library.opcheck(
+        mixed_chunk, (*x.values(), bias, *given, 32, causal, True, causal, "laplace", "visible", 0.25, 1.0, True)
+    )
 
 
 @pytest.mark.parametrize("inputs", [MIXED, QUADRATIC], ids=["mixed_chunk", "quadratic"])

@@ -1,0 +1,43 @@
+"""How an operator gets its autograd: from torch under ``torch.compile``, and from a function of autograd in eager mode.
+
+Both run the same code. Torch's own registration asks the operator's schema for each argument anew at every call: with
+the twenty of an attention op that takes the host longer than all that the op itself does there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+
+def differentiable(
+    op: CustomOpDef, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> Callable[..., Any]:
+    """Register ``op``'s autograd.
+
+    Args:
+        op: The operator.
+        setup_context: What it keeps for its backward, as ``torch.library.register_autograd`` takes it.
+        backward: Gradients of its inputs from those of its outputs, likewise.
+
+    Returns:
+        What to call in its place, with the same positional arguments; a tuple if the operator returns a list.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+
+    def run(*inputs: Any) -> Any:
+        found = op(*inputs)
+        return tuple(found) if isinstance(found, list) else found
+
+    methods = {"forward": run, "setup_context": setup_context, "backward": backward}
+    function: Any = type("Eager", (Function,), {name: staticmethod(method) for name, method in methods.items()})
+
+    def call(*inputs: Any) -> Any:
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return function.apply(*inputs) if eager else run(*inputs)
+
+    return call
