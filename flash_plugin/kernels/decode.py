@@ -208,26 +208,23 @@ def _chunk_step(
     """Mixed chunk attention of one token a row, without its gate."""
     q_local, k_local, q_global, k_global, values = tokens
     chunk_size, dtype = memory.values.shape[1], memory.kv.dtype
-    slot = step.slot[..., None]
     for ring, token in ((memory.k_local, k_local), (memory.k_global, k_global), (memory.values, values)):
-        ring.scatter_(1, slot.expand_as(token), token.detach().to(ring.dtype))
+        ring.scatter_(1, step.slot.expand_as(token), token.detach().to(ring.dtype))
     memory.kv.masked_fill_(~new.continues[:, None, None], 0.0)
     memory.kv.baddbmm_(k_global.detach().to(dtype).mT, values.detach().to(dtype))
 
     scale = default_scale(normalizer, q_local.shape[-1], chunk_size)
-    scores = (q_local.to(dtype) @ memory.k_local.to(dtype).mT) * scale
-    if bias is not None:
-        scores = scores + _at_distance(bias, slot - torch.arange(chunk_size, device=slot.device)).to(dtype)
+    shift = memory.kv.new_zeros(()) if bias is None else bias[step.place].to(dtype)
+    scores = torch.baddbmm(shift, q_local.to(dtype), memory.k_local.to(dtype).mT, alpha=scale)
     weights = attention_weights(scores, step.visible, activation, softcap)
     if normalizer == "visible" and activation != "softmax":
-        weights = weights / step.seen[..., None].to(dtype)
+        weights = weights * step.local_share.to(dtype)
     weights = F.dropout(weights, dropout)
 
-    divisor = step.earlier.clamp(min=1) if normalizer == "visible" else torch.full_like(step.earlier, chunk_size)
-    factor = torch.where(step.earlier > 0, 1.0 / divisor.to(dtype), 0.0)
-    q_scaled = q_global.to(dtype) * factor[..., None]
+    share = step.global_share.to(dtype)
+    q_scaled = q_global.to(dtype) * (share if normalizer == "visible" else (share > 0).to(dtype) / chunk_size)
     # The sum holds the current chunk too: take it out again, with the local part in the same product.
-    weights = weights - (q_scaled @ memory.k_global.to(dtype).mT).masked_fill(~step.visible, 0.0)
+    weights = weights - (q_scaled @ memory.k_global.to(dtype).mT).masked_fill(step.hidden, 0.0)
     local = weights.to(values.dtype) @ memory.values.to(values.dtype)
     return (q_scaled @ memory.kv).to(values.dtype) + local
 

@@ -23,16 +23,20 @@ class ChunkStep:
     """One new token a row among the tokens of its chunk, which lie in a ring of c slots by position modulo c.
 
     Attributes:
-        slot: The new token's slot, ``[b, 1]``.
+        slot: The new token's slot, ``[b, 1, 1]``.
         visible: Slots it sees, itself included, ``[b, 1, c]``.
-        seen: How many those are, ``[b, 1]``.
-        earlier: Tokens of its document in earlier chunks, ``[b, 1]``.
+        hidden: All others, likewise.
+        place: Of each slot's ``t - s`` in a vector over -c < t - s < c; some legal one of hidden slots; likewise.
+        local_share: One over the number of visible slots, ``[b, 1, 1]`` float64.
+        global_share: One over the tokens of its document in earlier chunks, 0 if there are none, likewise.
     """
 
     slot: Tensor
     visible: Tensor
-    seen: Tensor
-    earlier: Tensor
+    hidden: Tensor
+    place: Tensor
+    local_share: Tensor
+    global_share: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,20 @@ class NewTokens:
         return self.steps[chunk_size] if chunk_size in self.steps else self._step(chunk_size)
 
     def _step(self, chunk_size: int) -> ChunkStep:
-        slot = self.position % chunk_size
-        start = torch.maximum(self.begin, self.position - slot)
+        position, begin = self.position[..., None], self.begin[..., None]
+        slot = position % chunk_size
+        start = torch.maximum(begin, position - slot)
         ring = torch.arange(chunk_size, device=slot.device)
-        seen = self.position - start + 1
-        visible = (ring <= slot[..., None]) & (ring > (slot - seen)[..., None])
-        return ChunkStep(slot=slot, visible=visible, seen=seen, earlier=start - self.begin)
+        seen, earlier = position - start + 1, start - begin
+        visible = (ring <= slot) & (ring > slot - seen)
+        return ChunkStep(
+            slot=slot,
+            visible=visible,
+            hidden=~visible,
+            place=slot - ring + chunk_size - 1,
+            local_share=1.0 / seen.double(),
+            global_share=torch.where(earlier > 0, 1.0 / earlier.clamp(min=1).double(), 0.0),
+        )
 
 
 def empty_cursor(batch_size: int) -> Tensor:
