@@ -150,9 +150,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "mixed bf16 packed bidirectional": partial(mixed_chunk, packed=True, causal=False),
     "mixed fp32 packed": partial(mixed_chunk, FP32, packed=True),
     "mixed bf16 state, no gate": partial(mixed_chunk, gate=False, state=True),
-    "mixed bf16 z 64": partial(mixed_chunk, z=64, e=2048),
+    "mixed bf16 z 64, normalizer chunk": partial(mixed_chunk, z=64, e=2048, normalizer="chunk"),
     "mixed bf16 z 256, laplace": partial(mixed_chunk, z=256, activation="laplace"),
-    "mixed bf16 odd, softplus2": partial(mixed_chunk, z=48, e=1008, length=1000, activation="softplus2"),
+    "mixed bf16 odd, softplus2, normalizer paper": partial(
+        mixed_chunk, z=48, e=1008, length=1000, activation="softplus2", normalizer="paper"
+    ),
     "quadratic bf16": partial(quadratic, bias=True),
     "quadratic fp32": partial(quadratic, FP32),
     "quadratic bf16 bidirectional": partial(quadratic, causal=False),
