@@ -1,7 +1,8 @@
 """Where the tokens of a call lie, worked out once a forward for all swapped layers of a model.
 
 torchtune hands positions and a mask to every layer alike. A hook of the model, before its forward, turns them into what
-the ops take, and refuses a mask that says something else.
+the ops take, and refuses a mask that says something else. What it works out goes to the layers with the positions of
+that call and is kept nowhere else: when activation checkpointing computes a layer again, others may have come between.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from flash_plugin.kernels.new_tokens import NewTokens
 
 #: Documents of the rows, or places behind those in a cache; one of the two, or neither for one document a row.
 Placed = tuple[Segments | None, NewTokens | None]
+#: Attribute of the positions that layers get: whose places they carry, and the places.
+_CARRIED = "_flash_placed"
 
 
 class Placement:
@@ -33,14 +36,12 @@ class Placement:
 
     def __init__(self, chunk_sizes: set[int]) -> None:
         self.chunk_sizes = chunk_sizes
-        self._input_pos: Tensor | None = None
-        self._placed: Placed = (None, None)
         self._mask_checks = MaskChecks()
 
     def prepare(
         self, model: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Work out the places of a call of the model; a forward pre-hook.
+        """Work out the places of a call of the model, for its layers to get with ``input_pos``; a forward pre-hook.
 
         Where documents are packed and no mask is given, layers that keep their attention are given one.
 
@@ -53,7 +54,6 @@ class Placement:
         attentions = (getattr(layer, "attn", None) for layer in model.layers)
         attention: Any = next(one for one in attentions if getattr(one, "placement", None) is self)
         cache = attention.kv_cache if attention.cache_enabled else None
-        self._input_pos = input_pos
         if input_pos is not None:
             _check_range(input_pos, model.max_seq_len)
         if padding_of(mask, causal=True) is not None:
@@ -65,17 +65,20 @@ class Placement:
         heads = attention.num_heads
         if cache is not None:
             new = self._behind(cache, input_pos, tokens.shape, heads)
-            self._placed = (None, new)
             check_cached_mask(mask, _of_rows(new, heads), model.decoder_max_cache_seq_len)
-            return None
+            assert input_pos is not None
+            return args, {**kwargs, "input_pos": self._carrying((None, new), input_pos)}
         rows = self._documents(input_pos, tokens.shape)
-        self._placed = (None if rows is None else rows.repeated(heads, tokens.shape[0]), None)
         # A FlashDecoder tells its own layers.
         untold = mask is None and rows is not None and not isinstance(model, FlashDecoder)
         if untold and any(map(reads_mask, model.layers)):
-            return args, {**kwargs, "mask": attention_mask(rows, None, None)}
-        self._mask_checks.check(mask, rows, tokens, True, rows is not None, model.training)
-        return None
+            kwargs = {**kwargs, "mask": attention_mask(rows, None, None)}
+        else:
+            self._mask_checks.check(mask, rows, tokens, True, rows is not None, model.training)
+        if input_pos is None:
+            return None
+        assert rows is not None
+        return args, {**kwargs, "input_pos": self._carrying((rows.repeated(heads, tokens.shape[0]), None), input_pos)}
 
     def of(self, x: Tensor, input_pos: Tensor | None, heads: int, cache: DecodingCache | None) -> Placed:
         """Places of ``[b, s, d]`` inputs, for layers; one that is called by itself works out its own.
@@ -83,12 +86,19 @@ class Placement:
         Raises:
             ValueError: If there is an enabled cache and no ``input_pos``.
         """
-        if input_pos is not None and input_pos is self._input_pos:
-            return self._placed
+        owner, placed = getattr(input_pos, _CARRIED, (None, (None, None)))
+        if owner is self:
+            return placed
         if cache is not None:
             return None, self._behind(cache, input_pos, x.shape, heads)
         rows = self._documents(input_pos, x.shape)
         return None if rows is None else rows.repeated(heads, x.shape[0]), None
+
+    def _carrying(self, placed: Placed, input_pos: Tensor) -> Tensor:
+        """The positions with their places, for this model's layers: a view, since other models may get the same."""
+        carrying = input_pos.view_as(input_pos)
+        setattr(carrying, _CARRIED, (self, placed))
+        return carrying
 
     def _documents(self, input_pos: Tensor | None, shape: tuple[int, ...]) -> Segments | None:
         """Documents of the rows."""
