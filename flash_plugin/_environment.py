@@ -11,12 +11,12 @@ import re
 from collections.abc import Callable
 
 #: What works together: a lower and an upper bound for each distribution. ``tests/test_pins.py`` holds pyproject.toml,
-#: constraints.txt and README.md to this table. The bounds of torchao: 0.10 is the first release with the
-#: configurations that our quantizers use, 0.16 the first that torchtune 0.6.1 cannot import.
+#: constraints.txt and README.md to this table. The bounds of torchao: 0.12 cannot be imported with
+#: torch 2.11 or newer, and 0.16 not by torchtune 0.6.1.
 PINS = {
     "torch": ">=2.11,<2.14",
     "torchtune": ">=0.6.1,<0.7",
-    "torchao": ">=0.10,<0.16",
+    "torchao": ">=0.13,<0.16",
 }
 
 

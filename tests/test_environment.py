@@ -34,7 +34,7 @@ def environment(**changes: str | None) -> Callable[[str], str]:
     [
         {},
         {"torch": "2.11.0+cu130"},
-        {"torch": "2.13.1a0+gitabc", "torchao": "0.10"},
+        {"torch": "2.13.1a0+gitabc", "torchao": "0.13"},
         {"torchtune": "0.6.1+cpu", "torchao": "0.15.0.post1"},
     ],
 )
@@ -48,7 +48,7 @@ def test_working_environments_pass(changes: dict[str, str], required: bool) -> N
     [
         ({"torchao": "0.16.0"}, "torchao 0.16.0"),
         ({"torchao": "0.18.0.dev20261001"}, "torchao 0.18.0.dev20261001"),
-        ({"torchao": "0.8.0"}, "torchao 0.8.0"),
+        ({"torchao": "0.12.0"}, "torchao 0.12.0"),
         ({"torchao": None}, "no torchao"),
         ({"torch": "2.14.0"}, "torch 2.14.0"),
         ({"torch": "2.9.1+cu128"}, "torch 2.9.1+cu128"),
