@@ -183,7 +183,7 @@ class T5Bias(nn.Module):
             buckets = torch.cat([buckets[:1].expand(beyond), buckets, buckets[-1:].expand(beyond)])
         reach += beyond
         buckets = buckets[reach + 1 - length : reach + length]
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and values.requires_grad):
             return values.index_select(0, buckets)
         # The same, as a sum: the gradient of a lookup adds atomically on CUDA, in another order each time.
         each = torch.arange(self.num_buckets, device=buckets.device)[:, None]

@@ -198,7 +198,7 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Te
     return (*wanted, *(None,) * 8)
 
 
-differentiable_linear = differentiable(linear, _setup_context, _backward)
+differentiable_linear = differentiable("Linear", linear, _setup_context, _backward)
 
 
 def padded_width(width: int) -> int:

@@ -239,7 +239,7 @@ def _backward(
     return (*wanted, *(None,) * 14)
 
 
-differentiable_mixed_chunk = differentiable(mixed_chunk, _setup_context, _backward)
+differentiable_mixed_chunk = differentiable("MixedChunk", mixed_chunk, _setup_context, _backward)
 
 
 def _spacing(dtype: torch.dtype, chunk_size: int) -> int:

@@ -94,7 +94,7 @@ def _backward(ctx: Any, *found: Any) -> tuple[Tensor | None, ...]:
     return dbase, dgamma, dbeta, None, None
 
 
-differentiable_offset_scale = differentiable(offset_scale, _setup_context, _backward)
+differentiable_offset_scale = differentiable("OffsetScale", offset_scale, _setup_context, _backward)
 
 
 def _four(tensors: list[Tensor]) -> list[Tensor | None]:

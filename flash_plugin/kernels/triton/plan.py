@@ -145,6 +145,7 @@ def make_plan(
     # Rows of one document, cut into whole tiles: no chunk reaches into a tile of another one.
     aligned = spans.chunk_start is None and size % tile == 0
     whole = -(-like.shape[1] // tile) * tile
+    spacing = min(spacing, whole)  # beyond it the kernel's sums would leave 32 bits
     reach = min(-(-size // tile) * tile, whole)
     width = min(whole, reach if aligned else reach + tile + spacing + (0 if causal else reach))
     direct = causal and linear and not aligned
@@ -162,10 +163,10 @@ def make_linear_plan(
     Without ``pairs`` bands are empty, and all there is to see is in the states. A chunk is a whole document. Several
     consecutive rows of ``like``, the heads of one row, may have the same spans.
     """
-    width = min(spacing, -(-like.shape[1] // tile) * tile)
+    spacing = min(spacing, -(-like.shape[1] // tile) * tile)
     return _launch(
         spans, like, kind="blocks" if pairs else "states", tile=tile, spacing=spacing, causal=causal, size=WHOLE,
-        reach=0, width=width, divisors=Divisors(False, 1.0), linear=False, direct=True,
+        reach=0, width=spacing, divisors=Divisors(False, 1.0), linear=False, direct=True,
         marked=spans.document_start is not None, initial=initial,
     )  # fmt: skip
 

@@ -143,10 +143,10 @@ def plan_kernel(
     if SHARED:
         if VISIBLE:
             start = _document(document_start_ptr, token, SEGMENTED, False)
-            held = (first if CAUSAL else length) - start
+            held = ((first if CAUSAL else length) - start).to(tl.float32)
             if COUNTED:
-                held += tl.where(document < 0, tl.load(count_ptr + batch).to(tl.int32), 0)
-            share = tl.where(held > 0, local / tl.maximum(held, 1).to(tl.float32), 0.0)
+                held += tl.where(document < 0, tl.load(count_ptr + batch).to(tl.float32), 0.0)
+            share = tl.where(held > 0.0, local / tl.maximum(held, 1.0), 0.0)
         else:
             share = tl.zeros((BLOCK,), dtype=tl.float32) + local / divisor
         tl.store(share_ptr + at, share, mask=inside)

@@ -156,7 +156,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_mixed: None) -> tuple[Tensor |
     return (*wanted, *(None,) * 9)
 
 
-differentiable_quadratic = differentiable(quadratic, _setup_context, _backward)
+differentiable_quadratic = differentiable("Quadratic", quadratic, _setup_context, _backward)
 
 
 def _plan(v: Tensor, spans: Spans, causal: bool, visible: bool, gain: float) -> Plan:

@@ -15,11 +15,12 @@ from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 
 def differentiable(
-    op: CustomOpDef, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+    name: str, op: CustomOpDef, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
 ) -> Callable[..., Any]:
     """Register ``op``'s autograd.
 
     Args:
+        name: What profiles and error messages call it, as a class.
         op: The operator.
         setup_context: What it keeps for its backward, as ``torch.library.register_autograd`` takes it.
         backward: Gradients of its inputs from those of its outputs, likewise.
@@ -34,7 +35,8 @@ def differentiable(
         return tuple(found) if isinstance(found, list) else found
 
     methods = {"forward": run, "setup_context": setup_context, "backward": backward}
-    function: Any = type("Eager", (Function,), {name: staticmethod(method) for name, method in methods.items()})
+    attributes = {method: staticmethod(does) for method, does in methods.items()}
+    function: Any = type(name, (Function,), {**attributes, "generate_vmap_rule": True})
 
     def call(*inputs: Any) -> Any:
         eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -9,15 +9,39 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_plugin.kernels.triton import plan as planning
+from flash_plugin.kernels.triton import plan_kernels
 from flash_plugin.kernels.triton.mixed_chunk import mixed_chunk, mixed_chunk_backward
 from flash_plugin.kernels.triton.plan import WHOLE, Divisors, Plan, Spans, make_linear_plan, make_plan
-from flash_plugin.kernels.triton.tuning import TunedKernel
+from flash_plugin.kernels.triton.tuning import Config, TunedKernel
 from tests.kernels.cases import LAYOUTS, Layout, make_layout, real_tokens, seed_of, segments_of
 from tests.tolerances import assert_close
+
+# Padding that claims to belong to the chunk before it, however long it is.
+STUCK = "stuck"
 
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 TILE = 64
 MEMORY = ("empty", "empty_like", "new_empty", "fill_")
+
+
+@pytest.fixture(autouse=True)
+def several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiles a program, so that short sequences take several."""
+    small = Config({"BLOCK": 2 * TILE}, num_warps=4, num_stages=1)
+    monkeypatch.setattr(plan_kernels.plan_kernel, "configs", (small,))
+    monkeypatch.setattr(planning, "_BLOCK", small.meta["BLOCK"])
+
+
+def layout_of(name: str, b: int, s: int) -> Layout:
+    """A named layout; ``stuck`` has padding before and between its documents, all of whose positions are 1."""
+    if name != STUCK:
+        return make_layout(name, b, s)
+    first, between, second = s // 3, s // 3 + 50, s * 3 // 4
+    index = torch.arange(s)
+    real = ((first <= index) & (index < between)) | (index >= second)
+    position = torch.where(real, index - torch.where(index < between, first, second), 1)
+    return {"input_pos": position.expand(b, s), "padding_mask": real.expand(b, s)}
 
 
 def spans_of(layout: Layout, chunk_size: int | None, causal: bool) -> Spans:
@@ -67,19 +91,20 @@ def check_states(plan: Plan, row: int, document: Tensor, real: Tensor) -> None:
         if plan.reads is not None and not plan.reads[row, t]:
             held = torch.zeros_like(held)
         if real[t]:
-            assert torch.equal(held & real, (key < begin) & (document == document[t]) & real), t
+            assert torch.equal(held, (key < begin) & (document == document[t]) & real), t
 
 
 @CAUSAL
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", (*LAYOUTS, STUCK))
 def test_bands_and_states_of_chunks_hold_every_pair_once(layout: str, causal: bool) -> None:
     rng = random.Random(seed_of(layout, causal))
-    for s in (rng.randint(1, 60), rng.randint(130, 300)):
-        b, c = 2, rng.choice([16, 48, 64, 100, 128])
-        given = make_layout(layout, b, s)
+    cases = [(s, rng.choice([16, 48, 64, 100, 128])) for s in (rng.randint(1, 60), rng.randint(130, 300), 2 * TILE)]
+    for s, c in cases if layout != STUCK else [(900, 48)]:
+        b = 2
+        given = layout_of(layout, b, s)
         document, real = documents(given, b, s), real_tokens(given, b, s)
         spans = spans_of(given, c, causal)
-        linear = causal or spans.real is spans.document_start is None
+        linear = causal or spans.document_start is None
         plan = make_plan(
             spans, torch.empty(b, s, 1), tile=TILE, spacing=-(-c // TILE) * TILE if causal else TILE, causal=causal,
             size=c, divisors=Divisors(True, 3.0), linear=linear, initial=False,
@@ -99,10 +124,10 @@ def test_bands_and_states_of_chunks_hold_every_pair_once(layout: str, causal: bo
 
 
 @CAUSAL
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", (*LAYOUTS, STUCK))
 def test_blocks_and_states_of_linear_attention_hold_every_pair_once(layout: str, causal: bool) -> None:
     b, s, heads = 2, 200, 3
-    given = make_layout(layout, b, s)
+    given = layout_of(layout, b, s)
     document, real = documents(given, b, s), real_tokens(given, b, s)
     spans = spans_of(given, None, causal)
     plan = make_linear_plan(
@@ -136,6 +161,17 @@ def test_divisors_count_a_state_before_the_row(normalizer: str) -> None:
     assert_close(plan.row_scale, 1.0 / (local * gain), "oracle_fp32")
     assert_close(plan.share, weight * local * gain, "oracle_fp32")
     assert torch.equal(plan.document, torch.where(document == 0, -1, document).int())
+
+
+def test_a_chunk_may_be_longer_than_half_of_what_32_bits_count() -> None:
+    spans = spans_of(make_layout("packed", 1, 150), None, True)
+    given = dict(tile=TILE, causal=True, divisors=Divisors(True, 1.0), linear=True, initial=False)
+    plans = [
+        make_plan(spans, torch.empty(1, 150, 1), spacing=-(-c // TILE) * TILE, size=c, **given)
+        for c in (192, 2**30 + 64)
+    ]
+    for name in ("first", "begin", "end", "key_rows", "query_rows", "keep", "reads", "enters"):
+        assert torch.equal(*(getattr(each, name) for each in plans)), name
 
 
 @pytest.mark.parametrize("layout", ["one", "packed"])
