@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-# Tests run side by side, one thread each; every worker takes some 2 GiB.
+# Tests run side by side, one thread each; every worker takes some 2 GiB. tests/conftest.py orders the files.
 WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -16,7 +16,7 @@ train: $(STAMP)
 	$(BIN)/tune run generate --config configs/generate.yaml
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The tables and the front figure of the README, from the committed results.
 figures: $(STAMP)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.components.ranks import CASES, DECODED, RANKS, build, decode, run, step
+from tests.recipes.launching import SOONER
 from tests.tolerances import assert_close
 
 # What a rank holds of a layer; the rest of the layer is on every rank.
@@ -18,7 +19,7 @@ SPLIT = ("gate_proj.weight", "gate_proj.bias", "v_proj.weight", "v_proj.bias", "
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process has of every case; all of them once, because processes are slow to start."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, args=(folder,), nprocs=RANKS)
+    torch.multiprocessing.start_processes(run, args=(folder,), nprocs=RANKS, start_method=SOONER)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

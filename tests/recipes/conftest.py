@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.recipes.launching import ROOT, tune
 from tests.recipes.small import FEW_TOKENS, SMALL
-from tests.recipes.test_stock_recipes import ROOT, tune
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """Runs torchtune's recipes that ask for NCCL where there is none: with that one line replaced, and nothing else."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+from tests.recipes.launching import TORCHRUN, printed, run
 
 # The stock recipe with gloo for CUDA's NCCL: qat_distributed.py:950, lora_finetune_distributed.py:918 and
 # full_dpo_distributed.py:1068 all say init_process_group("cuda:nccl,cpu:gloo").
@@ -24,10 +23,5 @@ def run_on_cpu(recipe: str, *arguments: str, cwd: Path, processes: int = 1) -> s
     script = cwd / "on_cpu.py"
     script.write_text(_SCRIPT)
     stock = Path(torch.__file__).parents[1] / "recipes" / f"{recipe}.py"
-    launcher = str(Path(sys.executable).parent / "torchrun")
-    command = [launcher, "--standalone", "--nproc_per_node", str(processes), script.name, str(stock), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, env=environment)
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed[-4000:]
-    return printed
+    launch = [TORCHRUN, "--standalone", "--nproc_per_node", str(processes), script.name, str(stock)]
+    return printed(run(*launch, *arguments, cwd=cwd))

@@ -2,12 +2,13 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.recipes import launching
+from tests.recipes.launching import ROOT
+
 TINY = [
     *("vocab_size=40", "embed_dim=32", "num_layers=2", "qk_dim=32", "chunk_size=16", "num_heads=4", "num_kv_heads=1"),
     *("contexts=[64,512]", "precisions=[float,int8_weight_only]", "cache_budget_mib=0.2", "num_threads=1"),
@@ -16,13 +17,8 @@ TINY = [
 
 
 def run(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "recipes/bench_decode.py"),
-        "--config",
-        str(ROOT / "configs/bench_decode.yaml"),
-    ]
-    return subprocess.run([*command, *TINY, *overrides], cwd=cwd, capture_output=True, text=True, timeout=300)
+    command = [str(ROOT / "recipes/bench_decode.py"), "--config", str(ROOT / "configs/bench_decode.yaml")]
+    return launching.run(*command, *TINY, *overrides, cwd=cwd)
 
 
 @pytest.mark.slow

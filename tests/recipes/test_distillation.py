@@ -8,8 +8,8 @@ import torch
 from torchtune.models.llama3_2 import llama3_2
 
 import flash_plugin
+from tests.recipes.launching import ROOT, tune
 from tests.recipes.small import ADAPTER_FILE, FEW_TOKENS, MODEL_FILE, PROJECTIONS, SMALL, SMALL_MODEL, load, losses
-from tests.recipes.test_stock_recipes import ROOT, tune
 from tests.tolerances import assert_close
 
 CONFIG = ["--config", str(ROOT / "configs/flash_kd_debug.yaml"), *SMALL, *FEW_TOKENS]
@@ -21,9 +21,9 @@ OUTPUT = "outputs/flash_kd_debug"
 pytestmark = pytest.mark.slow
 
 
-def distil(folder: Path, *overrides: str) -> Path:
+def distil(folder: Path, *overrides: str, afresh: bool = False) -> Path:
     """Run the recipe; return where it saved."""
-    tune("knowledge_distillation_single_device", *CONFIG, *overrides, cwd=folder)
+    tune("knowledge_distillation_single_device", *CONFIG, *overrides, cwd=folder, afresh=afresh)
     return folder / OUTPUT
 
 
@@ -53,7 +53,7 @@ def test_a_student_learns_with_all_its_parameters_and_resumes(base: Path, tmp_pa
     stopped = tmp_path / "stopped" / OUTPUT
     shutil.copytree(whole / "epoch_0", stopped / "epoch_0")
     shutil.copytree(whole / "recipe_state", stopped / "recipe_state")
-    distil(tmp_path / "stopped", *overrides, "resume_from_checkpoint=True")
+    distil(tmp_path / "stopped", *overrides, "resume_from_checkpoint=True", afresh=True)
     assert losses(stopped) == losses(whole)[6:]
     resumed = load(stopped / f"epoch_1/{MODEL_FILE}")
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)

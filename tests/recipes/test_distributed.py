@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from torchtune import config
 
-from tests.recipes.test_stock_recipes import ROOT, TINY, tune
+from tests.recipes.launching import ROOT, tune
+from tests.recipes.test_stock_recipes import TINY
 from tests.tolerances import TOLERANCES, assert_close
 
 CONFIG = ROOT / "configs/flash_debug_distributed.yaml"
@@ -24,14 +25,14 @@ SGD = ["optimizer=torch.optim.SGD", "optimizer.lr=5e-3", "optimizer.fused=False"
 pytestmark = pytest.mark.slow
 
 
-def train(folder: Path, *overrides: str, processes: int) -> Path:
+def train(folder: Path, *overrides: str, processes: int, afresh: bool = False) -> Path:
     """Run the config of two processes, or its global batches in one, through the recipe for that many."""
     launch = ["--nproc_per_node", str(processes), "full_finetune_distributed"]
     # With the optimizer in backward the single-device recipe does not divide gradients by the number of tokens.
     if processes == 1 and "optimizer_in_bwd=True" not in overrides:
         launch = ["full_finetune_single_device"]
     batches = f"batch_size={4 // processes}"
-    tune(*launch, "--config", str(CONFIG), *TINY, batches, *overrides, cwd=folder)
+    tune(*launch, "--config", str(CONFIG), *TINY, batches, *overrides, cwd=folder, afresh=afresh)
     return folder
 
 
@@ -98,7 +99,7 @@ def test_two_processes_take_the_steps_of_one(
 def test_what_two_processes_save_is_what_one_saves_and_generates(
     tmp_path: Path, one_process: Callable[..., Path]
 ) -> None:
-    train(tmp_path, processes=2)
+    train(tmp_path, processes=2, afresh=True)
     found, expected = (torch.load(folder / MODEL_FILE) for folder in (tmp_path, one_process()))
     assert list(found) == list(expected)
     for name, tensor in found.items():

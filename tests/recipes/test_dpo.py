@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed
 
+from tests.recipes.launching import ROOT, tune
 from tests.recipes.on_cpu import run_on_cpu
 from tests.recipes.small import MODEL_FILE, SMALL_MODEL, load, losses, small_model
-from tests.recipes.test_stock_recipes import ROOT, tune
 from tests.tolerances import TOLERANCES
 
 CONFIG = ["--config", str(ROOT / "configs/flash_dpo_debug.yaml"), *SMALL_MODEL, "device=cpu", "dtype=fp32"]
@@ -39,11 +39,7 @@ def test_without_nccl_the_host_stops_the_recipe(overrides: list[str], tmp_path: 
     assert "RuntimeError: Distributed package doesn't have NCCL built in" in printed
 
 
-def test_two_processes_learn_to_prefer(
-    overrides: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+def test_two_processes_learn_to_prefer(overrides: list[str], base: Path, tmp_path: Path) -> None:
     run_on_cpu("full_dpo_distributed", *overrides, cwd=tmp_path, processes=2)
     output = tmp_path / OUTPUT
     found = losses(output)

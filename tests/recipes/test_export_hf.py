@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from flash_plugin import FlashCheckpointer, byte_tokenizer
 from flash_plugin.hugging_face import FlashTokenizer
+from tests.recipes.launching import LM_EVAL, ROOT, run, tune
 from tests.recipes.small import MODEL_FILE, SMALL_MODEL, load, small_model
-from tests.recipes.test_stock_recipes import ROOT, tune
 
 spec = importlib.util.spec_from_file_location("recipe_export_hf", ROOT / "recipes/export_hf.py")
 recipe = importlib.util.module_from_spec(spec)
@@ -113,14 +110,14 @@ def test_another_model_is_not_overwritten(tmp_path: Path) -> None:
         export(tmp_path)
 
 
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+def answer(*command: str, cwd: Path, afresh: bool = False) -> str:
+    done = run(*command, cwd=cwd, afresh=afresh)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint where configs look for it, and its export in outputs/flash_hf.
 
     The weights are drawn so that greedy text is of many printable characters; a few steps of training make spaces.
@@ -137,24 +134,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         model.output.weight[[*range(32), *range(127, 259)]] = 0.0
     (folder / "outputs/flash_debug/epoch_0").mkdir(parents=True)
     torch.save(model.state_dict(), folder / "outputs/flash_debug/epoch_0" / MODEL_FILE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_HOME", str(folder / "huggingface"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        arguments = ["--config", str(ROOT / "configs/export_hf.yaml"), *SMALL_MODEL]
-        run(sys.executable, str(ROOT / "recipes/export_hf.py"), *arguments, cwd=folder)
-        yield folder
+    answer(
+        str(ROOT / "recipes/export_hf.py"), "--config", str(ROOT / "configs/export_hf.yaml"), *SMALL_MODEL, cwd=folder
+    )
+    return folder
 
 
-def generated(folder: Path, prompts: list[str], steps: int, cwd: Path) -> list[str]:
-    printed = run(sys.executable, "-c", SCRIPT, str(folder), json.dumps(prompts), str(steps), cwd=cwd)
-    return list(json.loads(printed.partition("TEXTS ")[2]))
+def generated(folder: Path, prompts: list[str], steps: int, cwd: Path, *, afresh: bool) -> list[str]:
+    """What the script makes of the prompts, in a process in which nothing has named flash_plugin."""
+    (cwd / "generate.py").write_text(SCRIPT)
+    command = [str(cwd / "generate.py"), str(folder), json.dumps(prompts), str(steps)]
+    return list(json.loads(answer(*command, cwd=cwd, afresh=afresh).partition("TEXTS ")[2]))
 
 
 @pytest.mark.slow
 def test_the_folder_alone_generates_what_torchtune_does(workspace: Path, tmp_path: Path) -> None:
     folder, tokenizer = workspace / "outputs/flash_hf", byte_tokenizer()
-    texts = generated(folder, PROMPTS, 60, tmp_path)
+    texts = generated(folder, PROMPTS, 60, tmp_path, afresh=True)
     model = small_model()
     model.load_state_dict(load(workspace / "outputs/flash_debug/epoch_0" / MODEL_FILE))
     for prompt, text in zip(PROMPTS, texts, strict=True):
@@ -169,7 +165,7 @@ def test_the_folder_alone_generates_what_torchtune_does(workspace: Path, tmp_pat
     text = printed.split("precision torch.float32.")[1].split("Time for inference")[0]
     assert texts[0].replace("<|pad|>", "").removeprefix("<|begin_of_text|>") in text
     # Saved again by transformers, it is as good.
-    assert generated(Path(f"{folder}_again"), PROMPTS, 60, tmp_path) == texts
+    assert generated(Path(f"{folder}_again"), PROMPTS, 60, tmp_path, afresh=False) == texts
 
 
 @pytest.mark.slow
@@ -188,13 +184,13 @@ def test_torchtune_reads_the_folder(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_harness_gives_transformers_the_scores_it_gives_torchtune(workspace: Path) -> None:
     prepare = [str(ROOT / "recipes/prepare_eval.py"), "--config", str(ROOT / "configs/prepare_eval.yaml")]
-    run(sys.executable, *prepare, "document_characters=600", "num_questions=4", "num_documents=2", cwd=workspace)
+    answer(*prepare, "document_characters=600", "num_questions=4", "num_documents=2", cwd=workspace)
     include = str(ROOT / "configs/eval_tasks")
     options = [*SMALL_MODEL, f"include_path={include}", "batch_size=4", "max_seq_length=320", f"tasks=[{TASKS}]"]
     stock = tune("eleuther_eval", "--config", str(ROOT / "configs/flash_eval.yaml"), *options, cwd=workspace)
-    harness = [str(Path(sys.executable).parent / "lm_eval"), "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    harness = [LM_EVAL, "--model", "hf", "--device", "cpu", "--batch_size", "4"]
     model = "pretrained=outputs/flash_hf,trust_remote_code=True,max_length=320"
-    theirs = run(*harness, "--model_args", model, "--include_path", include, "--tasks", TASKS, cwd=workspace)
+    theirs = answer(*harness, "--model_args", model, "--include_path", include, "--tasks", TASKS, cwd=workspace)
     expected = scores(stock)
     assert len(expected) == 5
     assert scores(theirs) == expected

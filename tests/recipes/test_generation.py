@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.test_stock_recipes import ROOT, TINY, train, tune
+from tests.recipes.launching import ROOT, tune
+from tests.recipes.test_stock_recipes import TINY, train
 
 MODEL = [override for override in TINY if override.startswith("model.")]
 QUAD = ["model=flash_plugin.flash_quad_debug", "~model.chunk_size"]

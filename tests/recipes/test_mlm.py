@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import flash_plugin
+from tests.recipes.launching import ROOT, tune
 from tests.recipes.small import FEW_TOKENS, MODEL_FILE, load, losses
-from tests.recipes.test_stock_recipes import ROOT, tune
 
 CONFIG = str(ROOT / "configs/flash_mlm_debug.yaml")
 OUTPUT = Path("outputs/flash_mlm_debug")

@@ -11,6 +11,7 @@ import torch.distributed
 from torchtune.modules.peft import get_merged_lora_ckpt
 
 import flash_plugin
+from tests.recipes.launching import ROOT, tune
 from tests.recipes.on_cpu import run_on_cpu
 from tests.recipes.small import (
     ADAPTER_FILE,
@@ -23,7 +24,6 @@ from tests.recipes.small import (
     losses,
     small_model,
 )
-from tests.recipes.test_stock_recipes import ROOT, tune
 from tests.tolerances import TOLERANCES, assert_close
 
 LORA = ["--config", str(ROOT / "configs/flash_lora_debug.yaml"), *SMALL, *FEW_TOKENS, "epochs=2"]
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., Path]
 
 
-def train(folder: Path, base: Path, *overrides: str) -> Path:
+def train(folder: Path, base: Path, *overrides: str, afresh: bool = False) -> Path:
     """Train adapters on ``base`` with the recipe of one device; return where it saved."""
     arguments = [*LORA, f"checkpointer.checkpoint_dir={base}", *overrides]
-    tune("lora_finetune_single_device", *arguments, cwd=folder)
+    tune("lora_finetune_single_device", *arguments, cwd=folder, afresh=afresh)
     return folder / OUTPUT
 
 
@@ -114,7 +114,7 @@ def assert_went_on(output: Path, whole: Path) -> None:
 
 def test_an_interrupted_run_goes_on_bit_for_bit(trained: Run, base: Path, tmp_path: Path) -> None:
     whole, output = trained(), stop_after_an_epoch(trained(), tmp_path)
-    train(tmp_path, base, "resume_from_checkpoint=True", "save_adapter_weights_only=True")
+    train(tmp_path, base, "resume_from_checkpoint=True", "save_adapter_weights_only=True", afresh=True)
     assert_went_on(output, whole)
     # Only adapters were asked for; they and the base make the merged weights.
     assert not (output / f"epoch_1/{MODEL_FILE}").exists()

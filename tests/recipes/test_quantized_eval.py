@@ -2,16 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import flash_plugin
-from tests.recipes.test_stock_recipes import ROOT, tune
+from tests.recipes.launching import ROOT, printed, run, tune
 
 pytestmark = pytest.mark.slow
 
@@ -31,35 +28,33 @@ WEIGHT_ONLY, DYNAMIC = "Int8WeightOnlyQuantizer", "Int8DynActInt8WeightQuantizer
 KNOWN, UNKNOWN = (f"quantizer._component_={path}" for path in (f"flash_plugin.{WEIGHT_ONLY}", "mine.Quantizer"))
 
 
-def recipe(name: str, config: str, *overrides: str, cwd: Path, fails: bool = False) -> str:
-    return tune(name, "--config", str(ROOT / "configs" / config), *MODEL, *overrides, cwd=cwd, fails=fails)
+def recipe(name: str, config: str, *overrides: str, cwd: Path, **options: bool) -> str:
+    return tune(name, "--config", str(ROOT / "configs" / config), *MODEL, *overrides, cwd=cwd, **options)
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained model, its two quantized checkpoints, the tasks' data and the probe."""
     folder = tmp_path_factory.mktemp("workspace")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_HOME", str(folder / "huggingface"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        # A user's own quantizer, of which torchtune knows nothing.
-        (folder / "mine.py").write_text("class Quantizer:\n    def quantize(self, model):\n        return model\n")
-        steps = ["max_steps_per_epoch=150", "lr_scheduler.num_warmup_steps=10", "tokenizer.max_seq_len=256"]
-        recipe("full_finetune_single_device", "flash_debug.yaml", *steps, cwd=folder)
-        for quantizer in (WEIGHT_ONLY, DYNAMIC):
-            recipe("quantize", "flash_quantize.yaml", f"quantizer._component_=flash_plugin.{quantizer}", cwd=folder)
-        prepare = [sys.executable, str(ROOT / "recipes/prepare_eval.py"), "--config"]
-        prepare += [str(ROOT / "configs/prepare_eval.yaml"), "document_characters=2000", "num_questions=24"]
-        subprocess.run(prepare, cwd=folder, check=True, capture_output=True, timeout=120)
-        yield folder
+    # A user's own quantizer, of which torchtune knows nothing.
+    (folder / "mine.py").write_text("class Quantizer:\n    def quantize(self, model):\n        return model\n")
+    steps = ["max_steps_per_epoch=150", "lr_scheduler.num_warmup_steps=10", "tokenizer.max_seq_len=256"]
+    recipe("full_finetune_single_device", "flash_debug.yaml", *steps, cwd=folder)
+    for quantizer in (WEIGHT_ONLY, DYNAMIC):
+        chosen = f"quantizer._component_=flash_plugin.{quantizer}"
+        recipe("quantize", "flash_quantize.yaml", chosen, cwd=folder, afresh=quantizer == WEIGHT_ONLY)
+    prepare = [str(ROOT / "recipes/prepare_eval.py"), "--config", str(ROOT / "configs/prepare_eval.yaml")]
+    printed(run(*prepare, "document_characters=2000", "num_questions=24", cwd=folder))
+    return folder
 
 
-def evaluate(folder: Path, config: str, tasks: str, *overrides: str) -> dict[tuple[str, str], float]:
+def evaluate(
+    folder: Path, config: str, tasks: str, *overrides: str, afresh: bool = False
+) -> dict[tuple[str, str], float]:
     """The numbers in the table that an evaluation prints, by task and metric."""
-    printed = recipe("eleuther_eval", config, TASKS, f"tasks=[{tasks}]", *overrides, cwd=folder)
+    said = recipe("eleuther_eval", config, TASKS, f"tasks=[{tasks}]", *overrides, cwd=folder, afresh=afresh)
     results, task = {}, ""
-    for line in printed.splitlines():
+    for line in said.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 9 and re.fullmatch(r"[\d.]+", cells[6]):
             task = cells[0] or task
@@ -101,7 +96,7 @@ def test_int8_evaluates_like_float_and_is_not_float(workspace: Path) -> None:
     assert expected["heldout_text", "byte_perplexity"] < 16  # of 256: it has learned something
     dynamic = [f"quantizer._component_=flash_plugin.{DYNAMIC}", INT8[1].replace("8w", "8da8w")]
     for overrides, bound in (([], 0.005), (dynamic, 0.02)):
-        found = evaluate(workspace, "flash_eval_int8.yaml", tasks, *overrides)
+        found = evaluate(workspace, "flash_eval_int8.yaml", tasks, *overrides, afresh=not overrides)
         assert found.keys() == expected.keys() - {("heldout_complete_line", "exact_match")}
         for metric in ("byte_perplexity", "word_perplexity"):
             assert abs(found["heldout_text", metric] / expected["heldout_text", metric] - 1) < bound
@@ -111,7 +106,8 @@ def test_int8_evaluates_like_float_and_is_not_float(workspace: Path) -> None:
 
 def test_the_evaluated_model_is_int8(workspace: Path) -> None:
     """Look into the stock recipe, set up as its command sets it up."""
-    script = (
+    script = workspace / "look.py"
+    script.write_text(
         "import runpy, sys\n"
         "from omegaconf import OmegaConf\n"
         "from torch import nn\n"
@@ -123,8 +119,7 @@ def test_the_evaluated_model_is_int8(workspace: Path) -> None:
         "print('kinds', {quantization_of(m.weight) for m in model.modules() if isinstance(m, nn.Linear)})\n"
     )
     stock = Path(torch.__file__).parents[1] / "recipes/eleuther_eval.py"
-    command = [sys.executable, "-c", script, str(stock), str(ROOT / "configs/flash_eval_int8.yaml"), *MODEL]
-    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=300, check=False)
+    done = run(str(script), str(stock), str(ROOT / "configs/flash_eval_int8.yaml"), *MODEL, cwd=workspace)
     assert "kinds {'Int8WeightOnlyQuantizer'}" in done.stdout, done.stderr[-2000:]
 
 
@@ -142,5 +137,5 @@ def test_the_evaluated_model_is_int8(workspace: Path) -> None:
 def test_another_precision_than_asked_for_is_refused(
     workspace: Path, name: str, config: str, overrides: list[str], words: str
 ) -> None:
-    printed = recipe(name, config, *overrides, cwd=workspace, fails=True)
-    assert re.search(rf"^ValueError: .*{words}", printed, re.MULTILINE), printed[-2000:]
+    said = recipe(name, config, *overrides, cwd=workspace, fails=True)
+    assert re.search(rf"^ValueError: .*{words}", said, re.MULTILINE), said[-2000:]

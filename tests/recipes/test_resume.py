@@ -5,16 +5,12 @@ FLASH_TEST_KILLS=20 python -m pytest tests/recipes/test_resume.py -k random kill
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import random
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,54 +25,40 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from flash_plugin.components.checkpoint_files import STAGING_DIRNAME, content_id
 from flash_plugin.components.checkpointer import MODEL_FILE, RECIPE_STATE_FILE, FlashCheckpointer
 from flash_plugin.components.datasets import text_dataset
-from tests.recipes.test_stock_recipes import ROOT, TINY
+from tests.recipes.launching import ROOT, TIMEOUT, TUNE, family, kill, start
+from tests.recipes.test_stock_recipes import TINY
 
 OUTPUT = "outputs/flash_debug"
 CHUNKED = "loss=flash_plugin.CEWithChunkedOutputLoss"
 PLAIN = "loss=flash_plugin.CrossEntropyLoss"
 KILLS = int(os.environ.get("FLASH_TEST_KILLS", "4"))
-TIMEOUT = 300
 
 pytestmark = pytest.mark.slow
 
 
 class Run:
-    """A stock recipe, started through ``tune`` as a user would, in one process or in several."""
+    """A stock recipe that ``tune`` runs, in one process or in several."""
 
-    def __init__(self, folder: Path, *overrides: str, processes: int = 1) -> None:
+    def __init__(self, folder: Path, *overrides: str, processes: int = 1, afresh: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         recipe = ["full_finetune_single_device"]
         if processes > 1:
             recipe = ["--nproc_per_node", str(processes), "full_finetune_distributed"]
-        tune = str(Path(sys.executable).parent / "tune")
         config = str(ROOT / "configs/flash_debug.yaml")
         self._printed = folder / "printed.txt"
-        with self._printed.open("w") as printed:
-            self._process = subprocess.Popen(
-                [tune, "run", *recipe, "--config", config, *TINY, *overrides],
-                cwd=folder,
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            )
+        self._printed.unlink(missing_ok=True)
+        command = [TUNE, "run", *recipe, "--config", config, *TINY, *overrides]
+        self._process = start(*command, cwd=folder, stdout=self._printed, stderr=self._printed, afresh=afresh)
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
     def family(self) -> list[int]:
-        """The process and all below it: a launcher's workers lead sessions of their own."""
-        found = [self._process.pid]
-        for pid in found:
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                with contextlib.suppress(OSError):  # a thread that has ended since
-                    found.extend(map(int, children.read_text().split()))
-        return found
+        return family(self._process.pid)
 
     def kill(self) -> None:
-        for pid in self.family():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(self._process.pid)
         self._process.wait()
 
     def wait_until(self, condition: Callable[..., object], *arguments: object) -> None:
@@ -90,7 +72,7 @@ class Run:
         """Wait for the end; return what was printed."""
         self.wait_until(lambda: False)
         printed = self._printed.read_text()
-        assert (self._process.returncode != 0) == fails, printed[-4000:]
+        assert (self._process.poll() != 0) == fails, printed[-4000:]
         return printed
 
 
@@ -167,13 +149,13 @@ def kill_until_done(folder: Path, kills: int, *overrides: str, processes: int = 
         if len(found) == kills:
             run.finish()
             return found
-        # In the middle of a save, after one, and at any time after the start, imports and loading included.
+        # In the middle of a save, after one, and at any time after the start, loading included.
         moment = ("saving", "training", "saving", "starting")[len(found) % 4]
         if moment == "saving":
             run.wait_until(lambda old: save_in_progress(folder) not in (None, old), saving)
         elif moment == "training":
             run.wait_until(lambda old: epochs_run(folder) > old, before)
-        time.sleep(draw.uniform(0, {"saving": 0.2, "training": 1.0, "starting": 8.0}[moment]))
+        time.sleep(draw.uniform(0, {"saving": 0.2, "training": 1.0, "starting": 2.0}[moment]))
         if run.ended:
             run.finish()
             return found
@@ -221,7 +203,8 @@ def test_nothing_to_resume_yet_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, processes: int) -> None:
-    run = Run(tmp_path, "epochs=1000", processes=processes)
+    # Of several processes, torchrun itself must end the others.
+    run = Run(tmp_path, "epochs=1000", processes=processes, afresh=processes > 1)
     run.wait_until(lambda: epochs_run(tmp_path) > 0)
     for pid in run.family():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -277,8 +260,9 @@ class PartlyUnlabelled(Dataset):
 
 @pytest.mark.parametrize(("processes", "unlabelled"), [(1, [2, 6]), (2, [])])
 def test_batches_without_labels_neither_stop_nor_spoil_a_run(
-    tmp_path: Path, processes: int, unlabelled: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, unlabelled: list[int]
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     dataset = ["dataset._component_=tests.recipes.test_resume.PartlyUnlabelled", "shuffle=False", "batch_size=1"]
     Run(tmp_path, *dataset, PLAIN, processes=processes).finish()
     assert (tmp_path / OUTPUT / "epoch_0" / MODEL_FILE).is_file(), "which is not saved if a weight is not finite"

@@ -1,13 +1,12 @@
 """torchtune's own recipes, started through ``tune``, train, resume and sample FLASH."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.recipes.launching import ROOT, printed, run, tune
+
 TINY = [
     "model.num_layers=2",
     "model.embed_dim=64",
@@ -22,19 +21,9 @@ TINY = [
 pytestmark = pytest.mark.slow
 
 
-def tune(*arguments: str, cwd: Path, fails: bool = False) -> str:
-    """Run ``tune run`` in ``cwd``, as a user would; return what it printed."""
-    # The console script of this environment, which pytest may run without having activated it.
-    command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    printed = done.stdout + done.stderr
-    assert (done.returncode != 0) == fails, printed[-4000:]
-    return printed
-
-
-def train(cwd: Path, *overrides: str, fails: bool = False) -> str:
+def train(cwd: Path, *overrides: str, **options: bool) -> str:
     config = str(ROOT / "configs/flash_debug.yaml")
-    return tune("full_finetune_single_device", "--config", config, *TINY, *overrides, cwd=cwd, fails=fails)
+    return tune("full_finetune_single_device", "--config", config, *TINY, *overrides, cwd=cwd, **options)
 
 
 def losses(cwd: Path) -> list[float]:
@@ -44,7 +33,7 @@ def losses(cwd: Path) -> list[float]:
 
 
 def test_train_resume_sample_and_plot(tmp_path: Path) -> None:
-    train(tmp_path, "epochs=2")
+    train(tmp_path, "epochs=2", afresh=True)
     assert (tmp_path / "outputs/flash_debug/epoch_1/model-00001-of-00001.bin").is_file()
     first = losses(tmp_path)
     assert len(first) == 12
@@ -57,11 +46,11 @@ def test_train_resume_sample_and_plot(tmp_path: Path) -> None:
     model = [override for override in TINY if override.startswith("model.")]
     generate = str(ROOT / "configs/generate.yaml")
     prompt = "import os"
-    printed = tune("generate", "--config", generate, *model, f"prompt.user={prompt}", "max_new_tokens=20", cwd=tmp_path)
-    assert prompt in printed.split("Model is initialized")[1]
+    sample = ["--config", generate, *model, f"prompt.user={prompt}", "max_new_tokens=20"]
+    assert prompt in tune("generate", *sample, cwd=tmp_path, afresh=True).split("Model is initialized")[1]
 
-    plot = [sys.executable, str(ROOT / "recipes/plot_loss.py"), "--config", str(ROOT / "configs/plot_loss.yaml")]
-    subprocess.run(plot, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    plot = [str(ROOT / "recipes/plot_loss.py"), "--config", str(ROOT / "configs/plot_loss.yaml")]
+    printed(run(*plot, cwd=tmp_path, afresh=True))
     assert (tmp_path / "outputs/flash_debug/loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -92,9 +81,9 @@ def test_the_loss_falls_with_the_options_of_the_recipe(tmp_path: Path, overrides
     ],
 )
 def test_a_wrong_config_stops_with_a_sentence(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
-    printed = train(tmp_path, *overrides, fails=True)
+    said = train(tmp_path, *overrides, fails=True)
     # Behind the traceback may come what is left of a progress bar.
-    sentences = [line for line in printed.splitlines() if line.startswith("ValueError: ")]
+    sentences = [line for line in said.splitlines() if line.startswith("ValueError: ")]
     assert len(sentences) == 1
     for word in words:
         assert word in sentences[0]

@@ -4,14 +4,13 @@ import csv
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.recipes.test_stock_recipes import ROOT
+from tests.recipes.launching import ROOT, run
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +25,9 @@ TINY = [
 ]
 
 
-def study(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "recipes/study_quality.py")]
-    command += ["--config", str(ROOT / "configs/study_quality.yaml"), *TINY, *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+def study(folder: Path, *overrides: str, afresh: bool = False) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "recipes/study_quality.py"), "--config", str(ROOT / "configs/study_quality.yaml")]
+    return run(*command, *TINY, *overrides, cwd=folder, afresh=afresh)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +116,7 @@ def test_runs_that_are_there_are_not_repeated(studied: Path) -> None:
 
 
 def test_models_of_unequal_size_are_refused(tmp_path: Path) -> None:
-    done = study(tmp_path, "models.global_only.expansion=3")
+    done = study(tmp_path, "models.global_only.expansion=3", afresh=True)
     assert done.returncode != 0
     assert "studies.parts.models" in done.stderr
     assert "equal numbers of parameters" in done.stderr

@@ -1,13 +1,11 @@
 """The study of swapped attention runs all its stages and says what it measured."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.recipes.test_stock_recipes import ROOT
+from tests.recipes.launching import ROOT, run
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +18,9 @@ TINY = [
 ]
 
 
-def test_a_small_llama_is_trained_swapped_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = [sys.executable, str(ROOT / "recipes/study_swap.py"), "--config", str(ROOT / "configs/study_swap.yaml")]
-    done = subprocess.run([*command, *TINY], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+def test_a_small_llama_is_trained_swapped_and_recovers(tmp_path: Path) -> None:
+    command = [str(ROOT / "recipes/study_swap.py"), "--config", str(ROOT / "configs/study_swap.yaml")]
+    done = run(*command, *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     output = tmp_path / "outputs/study_swap"
     lines = (output / "study_swap.csv").read_text().splitlines()

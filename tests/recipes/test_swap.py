@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,9 @@ from torchtune.models.llama3_2 import llama3_2
 
 import flash_plugin
 from tests.components.swapped import LLAMA, LORA_LLAMA
+from tests.recipes.launching import ROOT, printed, run, tune
 from tests.recipes.on_cpu import run_on_cpu
 from tests.recipes.small import losses
-from tests.recipes.test_stock_recipes import ROOT, tune
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +44,8 @@ SAVED = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a pretrained model in `hf`."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.manual_seed(0)
     weights = {name: torch.randn_like(weight) / 8 for name, weight in llama3_2(**SIZES).state_dict().items()}
     named = convert_weights.tune_to_hf(weights, num_heads=4, num_kv_heads=2, dim=64)
@@ -180,9 +177,8 @@ def test_adapters_train_on_two_processes(folder: Path) -> None:
 
 
 def test_a_swapped_model_is_quantized_and_evaluated(folder: Path) -> None:
-    prepare = [sys.executable, str(ROOT / "recipes/prepare_eval.py"), "--config"]
-    prepare += [str(ROOT / "configs/prepare_eval.yaml"), "document_characters=500", "num_documents=4"]
-    subprocess.run(prepare, cwd=folder, check=True, capture_output=True, timeout=120)
+    prepare = [str(ROOT / "recipes/prepare_eval.py"), "--config", str(ROOT / "configs/prepare_eval.yaml")]
+    printed(run(*prepare, "document_characters=500", "num_documents=4", cwd=folder))
     swapped = ["model._component_=flash_plugin.swap_attention", f"model.builder={LLAMA}", *MODEL]
     swapped += ["~model.token_shift", "~model.position_bias"]
     base = ["checkpointer.checkpoint_dir=hf", "checkpointer.checkpoint_files=[model.safetensors]"]
@@ -193,10 +189,9 @@ def test_a_swapped_model_is_quantized_and_evaluated(folder: Path) -> None:
     results = []
     int8 = ["checkpointer.checkpoint_dir=outputs/flash_quantized", "checkpointer.checkpoint_files=[model-8w.pt]"]
     for name, start in (("flash_eval", [*base, *drop, "~checkpointer.quantizer"]), ("flash_eval_int8", int8)):
-        printed = tune(
-            "eleuther_eval", "--config", str(ROOT / f"configs/{name}.yaml"), *swapped, *start, *tasks, cwd=folder
-        )
-        found = re.search(r"\|byte_perplexity\|↓ +\| +([\d.]+)\|", printed)
+        evaluation = ["eleuther_eval", "--config", str(ROOT / f"configs/{name}.yaml")]
+        said = tune(*evaluation, *swapped, *start, *tasks, cwd=folder)
+        found = re.search(r"\|byte_perplexity\|↓ +\| +([\d.]+)\|", said)
         assert found
         results.append(float(found.group(1)))
     assert results[1] == pytest.approx(results[0], rel=0.02)
