@@ -78,6 +78,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 def all_is_compiled() -> Iterator[None]:
     """Start with no graph, and let nothing run as it is because torch counts too many graphs or cannot go on in one."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     assert not torch._dynamo.utils.counters["graph_break"]

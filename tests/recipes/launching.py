@@ -9,7 +9,9 @@ command of each kind is still started afresh, to test that too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import json
 import math
 import multiprocessing
 import os
@@ -18,7 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from multiprocessing import forkserver, process
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,7 +45,7 @@ class Forked:
     """A forked process, with what these tests want of a ``Popen``."""
 
     def __init__(self, *arguments: Any) -> None:
-        self._process = _context.Process(target=_enter, args=arguments)
+        self._process = _context.Process(target=_enter, args=(*arguments, _path_of_python()))
         with patch.object(sys, "path", [*sys.path, str(ROOT)]):  # where it finds this module
             self._process.start()
         self.pid = self._process.pid
@@ -113,20 +115,28 @@ def kill(pid: int) -> None:
             os.kill(one, signal.SIGKILL)
 
 
-def _enter(command: tuple[str, ...], cwd: Path, environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+@functools.cache
+def _path_of_python() -> list[str]:
+    """Where Python looks for modules before anything is imported, some of which add to it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ask = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
+    path: list[str] = json.loads(subprocess.check_output(ask, env=environment))
+    return path
+
+
+def _enter(
+    command: tuple[str, ...], cwd: Path, environment: dict[str, str], stdout: Path, stderr: Path, path: list[str]
+) -> None:
     """Become, in a forked process, what Python would be that has started the script."""
     gc.freeze()  # what is there already stays there: to look through it again and again takes time, and copies it
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for path, descriptor in ((stdout, 1), (stderr, 2)):
-        with path.open("ab") as file:
+    for output, descriptor in ((stdout, 1), (stderr, 2)):
+        with output.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
-    # What came along from pytest's path is the path of Python, and what pytest and its tests have put before it.
-    theirs = {process.ORIGINAL_DIR, str(ROOT), str(ROOT / "recipes")}
     given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    path = [*given, *(folder for folder in sys.path if folder not in theirs)]
-    sys.path[:] = [str(Path(command[0]).parent), *dict.fromkeys(path)]
+    sys.path[:] = [str(Path(command[0]).parent), *dict.fromkeys([*given, *path])]
     sys.argv = list(command)
     _let_torchrun_fork(sys.path[1:])
     _let_studies_fork()
