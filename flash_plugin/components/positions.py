@@ -187,7 +187,7 @@ class T5Bias(nn.Module):
             return values.index_select(0, buckets)
         # The same, as a sum: the gradient of a lookup adds atomically on CUDA, in another order each time.
         each = torch.arange(self.num_buckets, device=buckets.device)[:, None]
-        return torch.where(buckets == each, values[:, None], 0.0).sum(0, dtype=values.dtype)
+        return values[:, None].masked_fill(buckets != each, 0.0).sum(0, dtype=values.dtype)
 
     def _bucket(self, distance: Tensor) -> Tensor:
         buckets, offset = self.num_buckets, torch.zeros_like(distance)

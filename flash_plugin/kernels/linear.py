@@ -10,7 +10,7 @@ from torch import Tensor
 from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.batched import linear_batched
 from flash_plugin.kernels.layout import Layout, LinearState, counted, state_dtype
-from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.segments import Segments, unless_single
 from flash_plugin.kernels.validation import (
     check_implementation,
     check_key_sum,
@@ -76,7 +76,7 @@ def linear_attention(
             raise ValueError(f"{name} ({value!r}) must be a number; multiply q by a scale that is learned")
     sums_keys = normalize or return_state
     check_key_sum(initial_state, sums_keys)
-    segments = None if segments is None or segments.single else segments
+    segments = unless_single(segments)
     lay_out = partial(Layout.of, segments, length, None, v.device)
     if use_triton(impl, v, size_not_in_triton(v)):
         from flash_plugin.kernels.triton.calls import call_linear

@@ -20,7 +20,7 @@ from flash_plugin.kernels.layout import (
     state_dtype,
 )
 from flash_plugin.kernels.linear import linear_attention
-from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.segments import Segments, unless_single
 from flash_plugin.kernels.validation import (
     check_attention,
     check_bias,
@@ -104,7 +104,7 @@ def mixed_chunk_attention(
     check_bias(bias, chunk_size, v)
     check_segments(segments, v)
     check_state(initial_state, causal, return_state, (v.shape[0], q_global.shape[-1], v.shape[-1]))
-    segments = None if segments is None or segments.single else segments
+    segments = unless_single(segments)
     segmented = segments is not None
     if scale is None:
         scale = default_scale(normalizer, q_local.shape[-1], chunk_size)

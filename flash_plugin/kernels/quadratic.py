@@ -10,7 +10,7 @@ from flash_plugin.kernels.activations import attention_weights, gated
 from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.layout import Layout, default_scale, local_divisor, state_dtype
 from flash_plugin.kernels.relative_bias import bias_between
-from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.segments import Segments, unless_single
 from flash_plugin.kernels.validation import (
     check_attention,
     check_bias,
@@ -86,7 +86,7 @@ def quadratic_attention(
             v,
             gate=gate,
             bias=bias,
-            segments=None if segments is None or segments.single else segments,
+            segments=unless_single(segments),
             causal=causal,
             activation=activation,
             normalizer=normalizer,

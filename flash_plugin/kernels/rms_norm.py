@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_plugin.kernels.differentiation import differentiable_backward
 from flash_plugin.kernels.layout import state_dtype
-from flash_plugin.kernels.segments import Segments
+from flash_plugin.kernels.segments import Segments, unless_single
 from flash_plugin.kernels.token_shift import check_token_shift, shift_half
 from flash_plugin.kernels.validation import in_eager_cpu, use_triton
 
@@ -161,7 +161,8 @@ def _triton_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     from flash_plugin.kernels.triton.normalization import norm, norm_and_residual
 
-    start = None if segments is None or segments.single else segments.start
+    segments = unless_single(segments)
+    start = None if segments is None else segments.start
     return (norm_and_residual if residual else norm)(x, weight, start, eps, scale, token_shift)
 
 

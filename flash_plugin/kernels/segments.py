@@ -129,6 +129,11 @@ def make_segments(input_pos: Tensor | None = None, *, padding_mask: Tensor | Non
     return Segments(position=position, start=start, end=end, real=padding_mask, single=single)
 
 
+def unless_single(segments: Segments | None) -> Segments | None:
+    """The segments, or None where each row is known to be one unpadded document: what None stands for."""
+    return None if segments is None or segments.single else segments
+
+
 def _indices(like: Tensor) -> Tensor:
     """Sequence indices ``[1, s]`` on the device of ``like``."""
     return torch.arange(like.shape[1], device=like.device).unsqueeze(0)

@@ -55,16 +55,17 @@ def test_a_call_looks_up_and_computes_no_logarithms() -> None:
 
     class Called(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.overloadpacket.__name__)
+            if not func.is_view:
+                names.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
     with Called():
         built = bias(True)
         assert "log" in names
         names.clear()
-        built(256)
-        assert "log" not in names
         looked_up = built(256)
+        assert "log" not in names
+        assert len(names) <= 6, names
         names.clear()
         with torch.no_grad():
             assert torch.equal(built(256), looked_up)

@@ -262,7 +262,6 @@ def _plan(
         size=chunk_size,
         divisors=Divisors(normalizer == "visible", gain, float(others), count),
         linear=linear,
-        initial=count is not None,
     )
 
 

@@ -84,9 +84,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *found: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     base, gamma, angles = ctx.saved_tensors
-    grads = found[0] if isinstance(found[0], list) else found
     if all(grad is None for grad in grads):
         return (None,) * 5
     given = [torch.zeros_like(base) if grad is None else grad for grad in grads]
@@ -94,7 +93,7 @@ def _backward(ctx: Any, *found: Any) -> tuple[Tensor | None, ...]:
     return dbase, dgamma, dbeta, None, None
 
 
-differentiable_offset_scale = differentiable("OffsetScale", offset_scale, _setup_context, _backward)
+differentiable_offset_scale = differentiable("OffsetScale", offset_scale, _setup_context, _backward, listed=True)
 
 
 def _four(tensors: list[Tensor]) -> list[Tensor | None]:

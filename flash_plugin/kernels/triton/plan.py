@@ -127,7 +127,6 @@ def make_plan(
     size: int,
     divisors: Divisors,
     linear: bool,
-    initial: bool,
 ) -> Plan:
     """Lay out a call whose tokens attend to their chunks, and linearly to what lies before these.
 
@@ -140,18 +139,15 @@ def make_plan(
         size: Most tokens of a chunk; where each row is one document, chunks begin at its multiples.
         divisors: What divides the sums.
         linear: Whether there is a global part.
-        initial: Whether a state lies before each row.
     """
     # Rows of one document, cut into whole tiles: no chunk reaches into a tile of another one.
     aligned = spans.chunk_start is None and size % tile == 0
-    whole = -(-like.shape[1] // tile) * tile
-    spacing = min(spacing, whole)  # beyond it the kernel's sums would leave 32 bits
-    reach = min(-(-size // tile) * tile, whole)
-    width = min(whole, reach if aligned else reach + tile + spacing + (0 if causal else reach))
+    reach = -(-size // tile) * tile
+    width = reach if aligned else reach + tile + spacing + (0 if causal else reach)
     direct = causal and linear and not aligned
     return _launch(
         spans, like, kind="chunks", tile=tile, spacing=spacing, causal=causal, size=size, reach=reach, width=width,
-        divisors=divisors, linear=linear, direct=direct, marked=direct, initial=initial,
+        divisors=divisors, linear=linear, direct=direct, marked=direct, initial=divisors.held is not None,
     )  # fmt: skip
 
 
@@ -163,7 +159,6 @@ def make_linear_plan(
     Without ``pairs`` bands are empty, and all there is to see is in the states. A chunk is a whole document. Several
     consecutive rows of ``like``, the heads of one row, may have the same spans.
     """
-    spacing = min(spacing, -(-like.shape[1] // tile) * tile)
     return _launch(
         spans, like, kind="blocks" if pairs else "states", tile=tile, spacing=spacing, causal=causal, size=WHOLE,
         reach=0, width=spacing, divisors=Divisors(False, 1.0), linear=False, direct=True,
@@ -176,7 +171,10 @@ def _launch(
     divisors: Divisors, linear: bool, direct: bool, marked: bool, initial: bool,
 ) -> Plan:  # fmt: skip
     length, segmented = like.shape[1], spans.document_start is not None
-    tiles, states = triton.cdiv(length, tile), triton.cdiv(length, spacing)
+    tiles = triton.cdiv(length, tile)
+    # Beyond the sequence nothing is; and the kernel's sums would leave 32 bits.
+    spacing, reach, width = (min(tokens, tiles * tile) for tokens in (spacing, reach, width))
+    states = triton.cdiv(length, spacing)
     given = 1 if spans.document_start is None else len(spans.document_start)
     count = divisors.held if linear else None
     # One row serves all that agree, but the states before two rows may hold different numbers of tokens.

@@ -161,9 +161,7 @@ differentiable_quadratic = differentiable("Quadratic", quadratic, _setup_context
 
 def _plan(v: Tensor, spans: Spans, causal: bool, visible: bool, gain: float) -> Plan:
     tile, divisors = tile_size(v.dtype), Divisors(visible, gain)
-    return make_plan(
-        spans, v, tile=tile, spacing=tile, causal=causal, size=WHOLE, divisors=divisors, linear=False, initial=False
-    )
+    return make_plan(spans, v, tile=tile, spacing=tile, causal=causal, size=WHOLE, divisors=divisors, linear=False)
 
 
 def _panels(plan: Plan, v: Tensor) -> Iterator[tuple[int, int]]:

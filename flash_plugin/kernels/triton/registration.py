@@ -15,7 +15,12 @@ from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 
 def differentiable(
-    name: str, op: CustomOpDef, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+    name: str,
+    op: CustomOpDef,
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    *,
+    listed: bool = False,
 ) -> Callable[..., Any]:
     """Register ``op``'s autograd.
 
@@ -24,17 +29,20 @@ def differentiable(
         op: The operator.
         setup_context: What it keeps for its backward, as ``torch.library.register_autograd`` takes it.
         backward: Gradients of its inputs from those of its outputs, likewise.
+        listed: Whether it returns a list of tensors.
 
     Returns:
-        What to call in its place, with the same positional arguments; a tuple if the operator returns a list.
+        What to call in its place, with the same positional arguments; gives a tuple in the place of a list.
     """
     op.register_autograd(backward, setup_context=setup_context)
 
     def run(*inputs: Any) -> Any:
-        found = op(*inputs)
-        return tuple(found) if isinstance(found, list) else found
+        return tuple(op(*inputs)) if listed else op(*inputs)
 
-    methods = {"forward": run, "setup_context": setup_context, "backward": backward}
+    def run_back(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return backward(ctx, list(grads)) if listed else backward(ctx, *grads)
+
+    methods = {"forward": run, "setup_context": setup_context, "backward": run_back}
     attributes = {method: staticmethod(does) for method, does in methods.items()}
     function: Any = type(name, (Function,), {**attributes, "generate_vmap_rule": True})
 

@@ -107,7 +107,7 @@ def test_bands_and_states_of_chunks_hold_every_pair_once(layout: str, causal: bo
         linear = causal or spans.document_start is None
         plan = make_plan(
             spans, torch.empty(b, s, 1), tile=TILE, spacing=-(-c // TILE) * TILE if causal else TILE, causal=causal,
-            size=c, divisors=Divisors(True, 3.0), linear=linear, initial=False,
+            size=c, divisors=Divisors(True, 3.0), linear=linear,
         )  # fmt: skip
         index = torch.arange(s)
         chunk = (index // c * c).expand(b, s) if spans.chunk_start is None else spans.chunk_start
@@ -150,7 +150,6 @@ def test_divisors_count_a_state_before_the_row(normalizer: str) -> None:
     divisors = Divisors(normalizer == "visible", gain, float(c), held)
     plan = make_plan(
         spans, torch.empty(b, s, 1), tile=TILE, spacing=TILE, causal=True, size=c, divisors=divisors, linear=True,
-        initial=True,
     )  # fmt: skip
     local = torch.ones(b, s, dtype=torch.float64)
     weight = local / c
@@ -165,7 +164,7 @@ def test_divisors_count_a_state_before_the_row(normalizer: str) -> None:
 
 def test_a_chunk_may_be_longer_than_half_of_what_32_bits_count() -> None:
     spans = spans_of(make_layout("packed", 1, 150), None, True)
-    given = dict(tile=TILE, causal=True, divisors=Divisors(True, 1.0), linear=True, initial=False)
+    given = dict(tile=TILE, causal=True, divisors=Divisors(True, 1.0), linear=True)
     plans = [
         make_plan(spans, torch.empty(1, 150, 1), spacing=-(-c // TILE) * TILE, size=c, **given)
         for c in (192, 2**30 + 64)
