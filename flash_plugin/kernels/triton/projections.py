@@ -56,7 +56,8 @@ def query_gradient_kernel(
         acc = tl.dot(gradient, keys, acc, input_precision=PRECISION)
     if not ADD:
         acc *= scale
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    # Triton 3.6 makes the tensor cores wait at each step if a float32 sum is stored as it leaves the loop.
+    tl.store(at, tl.where(inside, acc, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @tuned(_CONFIGS, key=["length"], fits=by_tile)
@@ -87,7 +88,8 @@ def key_gradient_kernel(
         acc = tl.dot(tl.trans(gradient), queries, acc, input_precision=PRECISION)
     inside = (key_tile * TILE + tile < length)[:, None] & (column < Z)
     at = out_ptr + (batch * length + key_tile * TILE) * Z + tile[:, None] * Z + column
-    tl.store(at, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    # As in query_gradient_kernel.
+    tl.store(at, tl.where(inside, acc * scale, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @tuned(_CONFIGS, key=["length", "E"], fits=by_tile)

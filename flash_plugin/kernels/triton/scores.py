@@ -94,21 +94,8 @@ def scores_kernel(
         visible = visible & (keys[None, :] < last[:, None])
     at = (batch * buffer_rows + (row_tile * TILE - row0)) * width + column0
     square = tl.arange(0, TILE)[:, None] * width + tl.arange(0, BLOCK_C)[None, :]
-    rest = rows[:, None] >= 0
-    if DIRECT:
-        # Linear pairs lie before the chunk of some row: a tile that has none is spared their product.
-        document = tl.load(document_ptr + batch * token_stride + rows, mask=rows < length, other=length)
-        linear = visible & (keys[None, :] < first[:, None]) & (keys[None, :] >= document[:, None])
-        rest = (keys[None, :] >= first[:, None]) | (rows >= length)[:, None]
-        y = tl.zeros((TILE, BLOCK_C), dtype=tl.float32)
-        if key0 < tl.max(first, 0):
-            y = _products(
-                q_global_ptr, k_global_ptr, batch, row_tile * TILE, key0, length, Z, BLOCK_Z, TILE, BLOCK_C, PRECISION
-            )
-        tl.store(weights_ptr + at + square, tl.where(linear, y, 0.0).to(weights_ptr.dtype.element_ty), mask=~rest)
-        if SLOPES:
-            tl.store(slopes_ptr + at + square, linear.to(slopes_ptr.dtype.element_ty), mask=~rest)
-    # Each element is written once, by one of two stores: together both parts would not fit the registers.
+    weights = tl.zeros((TILE, BLOCK_C), dtype=tl.float32)
+    slopes = weights
     if LOCAL:
         attended = visible & (keys[None, :] >= first[:, None])
         x = _products(
@@ -120,15 +107,24 @@ def scores_kernel(
             within = attended & (distance >= 0) & (distance <= 2 * bias_center)
             x += tl.load(bias_ptr + distance, mask=within, other=0.0).to(tl.float32)
         weights = tl.where(attended, gain * attention_function(x, ACTIVATION), 0.0)
-        tl.store(weights_ptr + at + square, weights.to(weights_ptr.dtype.element_ty), mask=rest)
         if SLOPES:
             slopes = tl.where(attended, gain * attention_slope(x, ACTIVATION), 0.0)
-            tl.store(slopes_ptr + at + square, slopes.to(slopes_ptr.dtype.element_ty), mask=rest)
-    else:
-        zeros = tl.zeros((TILE, BLOCK_C), dtype=tl.float32)
-        tl.store(weights_ptr + at + square, zeros.to(weights_ptr.dtype.element_ty), mask=rest)
-        if SLOPES:
-            tl.store(slopes_ptr + at + square, zeros.to(slopes_ptr.dtype.element_ty), mask=rest)
+    tl.store(weights_ptr + at + square, weights.to(weights_ptr.dtype.element_ty))
+    if SLOPES:
+        tl.store(slopes_ptr + at + square, slopes.to(slopes_ptr.dtype.element_ty))
+    if DIRECT:
+        # Linear pairs lie before the chunk of some row: a tile that has none is spared their product. They are written
+        # over what is there, since both parts together would not fit the registers; the barrier keeps their order.
+        if key0 < tl.max(first, 0):
+            tl.debug_barrier()
+            y = _products(
+                q_global_ptr, k_global_ptr, batch, row_tile * TILE, key0, length, Z, BLOCK_Z, TILE, BLOCK_C, PRECISION
+            )
+            document = tl.load(document_ptr + batch * token_stride + rows, mask=rows < length, other=length)
+            linear = visible & (keys[None, :] < first[:, None]) & (keys[None, :] >= document[:, None])
+            tl.store(weights_ptr + at + square, y.to(weights_ptr.dtype.element_ty), mask=linear)
+            if SLOPES:
+                tl.store(slopes_ptr + at + square, linear.to(slopes_ptr.dtype.element_ty), mask=linear)
 
 
 @tuned(
