@@ -83,6 +83,12 @@ def test_torch_is_pinned_without_a_local_version() -> None:
     assert constraints()["torch"] == "2.13.0"
 
 
+def test_triton_is_pinned_to_what_a_cuda_build_of_torch_brings() -> None:
+    # PyPI's torch 2.13.0 for Linux requires this one: with another pin pip finds no solution there, where `make` is run
+    # on a machine whose index offers CUDA's build. The CPU's, which CI has, requires none and would not notice.
+    assert constraints()["triton"] == "3.7.1"
+
+
 def test_the_readme_table_agrees() -> None:
     rows = readme_rows()
     assert set(PINS) <= set(rows)
