@@ -66,6 +66,9 @@ def why_unavailable(device: torch.device) -> str | None:
         return "CPU tensors need Triton's interpreter (environment variable TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"they run on CUDA devices, not on {device.type}"
+    if torch.version.hip is not None:
+        # They compile for MI300, but for the widest blocks, which ask for more shared memory than its 64 KiB.
+        return "they are made for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm)"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
     capability = torch.cuda.get_device_capability(device)

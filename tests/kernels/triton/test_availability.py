@@ -97,6 +97,14 @@ def test_an_old_gpu_is_refused_by_name(no_interpreter):
             use_triton("triton", OnCuda)
 
 
+def test_a_gpu_of_amd_is_refused(no_interpreter, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with a_gpu((9, 4)), installed((3, 9, 0)):
+        assert not use_triton("auto", OnCuda)
+        with pytest.raises(RuntimeError, match="made for NVIDIA's GPUs"):
+            use_triton("triton", OnCuda)
+
+
 def test_a_missing_gpu_is_said(no_interpreter):
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         assert "no CUDA device" in why_unavailable(OnCuda.device)
