@@ -68,7 +68,7 @@ class DecodingCache(HeldTokens):
         """Forget all tokens, in place."""
         for buffer in self.buffers():
             buffer.zero_()
-        self.cursor.copy_(empty_cursor(self.batch_size))
+        self.cursor.copy_(empty_cursor(self.batch_size, self.cursor.device))
         self.empty = True
 
     def check_call(self, input_pos: Tensor | None, batch: int, heads: int = 1) -> Tensor:

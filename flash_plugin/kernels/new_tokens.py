@@ -86,9 +86,14 @@ class NewTokens:
         )
 
 
-def empty_cursor(batch_size: int) -> Tensor:
-    """The cursor ``[b, 3]`` of a cache that holds nothing: documents of no token, which position 0 goes on with."""
-    return torch.tensor([0, -1, 0]).repeat(batch_size, 1)
+def empty_cursor(batch_size: int, device: torch.device | None = None) -> Tensor:
+    """The cursor ``[b, 3]`` of a cache that holds nothing: documents of no token, which position 0 goes on with.
+
+    It is filled on ``device``, torch's default one if not given: an accelerator waits for nothing from the host.
+    """
+    cursor = torch.zeros(batch_size, 3, dtype=torch.int64, device=device)
+    cursor[:, 1].fill_(-1)
+    return cursor
 
 
 def place_new_tokens(
