@@ -183,9 +183,10 @@ def _from_earlier(
     running = [first.squeeze(1)]
     for block in range(v.shape[1]):
         running.append(torch.addcmul(added[:, block], keep[:, block], running[-1]))
-    edges = [max(block - lag, 0) for block in range(v.shape[1])]
-    stacked = torch.stack([running[edge] for edge in edges], dim=1).to(v.dtype)
-    belongs = document == owner[:, edges][..., None]
+    stacked = torch.stack([*running[:1] * lag, *running[: v.shape[1] - lag]], dim=1).to(v.dtype)
+    # Indexing by a list would copy it from the host, and wait for the device.
+    owner = torch.cat([owner[:, :1].expand(-1, lag), owner[:, : v.shape[1] - lag]], dim=1)
+    belongs = document == owner[..., None]
     return (q * belongs[..., None]) @ stacked, running[-1]
 
 
