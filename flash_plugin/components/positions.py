@@ -178,11 +178,9 @@ class T5Bias(nn.Module):
         if self.divide_by_length:
             values = values / length
         reach, buckets = self.max_distance, local(self.buckets)
-        beyond = max(length - 1 - reach, 0)
-        if beyond:
-            buckets = torch.cat([buckets[:1].expand(beyond), buckets, buckets[-1:].expand(beyond)])
-        reach += beyond
-        buckets = buckets[reach + 1 - length : reach + length]
+        # More than enough at both ends: how much is missing depends on the length, and so would a compiled graph.
+        buckets = torch.cat([buckets[:1].expand(length), buckets, buckets[-1:].expand(length)])
+        buckets = buckets[reach + 1 : reach + 2 * length]
         if not (torch.is_grad_enabled() and values.requires_grad):
             return values.index_select(0, buckets)
         # The same, as a sum: the gradient of a lookup adds atomically on CUDA, in another order each time.

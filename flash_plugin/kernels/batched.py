@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flash_plugin.kernels.activations import attention_weights
 from flash_plugin.kernels.layout import Layout, local_divisor, state_dtype
+from flash_plugin.kernels.recurrence import states_before
 from flash_plugin.kernels.relative_bias import bias_between
 
 
@@ -39,12 +40,14 @@ class Blocks:
     def of(cls, layout: Layout, size: int, segmented: bool) -> Blocks:
         """Cut ``layout``; the tokens that fill the last block repeat its last token but are no real keys."""
         length = layout.index.shape[1]
-        missing = -length % size
-        index = torch.arange(length + missing, device=layout.index.device).view(1, -1, size)
+        blocks = -(-length // size)
+        index = torch.arange(blocks * size, device=layout.index.device)
+        within = index.clamp(max=length - 1)
 
         def cut(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor, tensor[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, size))
+            return tensor.index_select(1, within).unflatten(1, (blocks, size))
 
+        index = index.view(1, blocks, size)
         real = index < length
         if layout.real is not None:
             real = real & cut(layout.real)
@@ -76,7 +79,7 @@ def mixed_chunk_batched(
         ``[b, s, e]`` and, for causal attention, the state ``[b, z, e]`` of each row's last document.
     """
     length, dtype = v.shape[1], state_dtype(v.dtype)
-    size = min(chunk_size, length)  # no chunk is longer than the sequence
+    size = _block_size(chunk_size, length)
     blocks = Blocks.of(layout, size, segmented)
     offsets = ((-1, 0) if causal else (-1, 0, 1)) if segmented else (0,)
     q1, k1, q2, k2, values = (_cut(tensor, size) for tensor in (q_local, k_local, q_scaled, k_global, v))
@@ -105,7 +108,7 @@ def mixed_chunk_batched(
         weights = weights + _scores(q2.to(dtype), k2.to(dtype), offsets).masked_fill(~seen, 0.0)
     out = _weighted(weights.to(v.dtype), values, offsets)
     carried, final = _outside(q2, k2, values, blocks, initial_kv, causal, lag=1 if segmented else 0)
-    return (out + carried).flatten(1, 2)[:, :length], final
+    return _join(out + carried, length), final
 
 
 def linear_batched(
@@ -125,19 +128,19 @@ def linear_batched(
         ``[b, s, e]`` and, for causal attention, the state ``[b, z, e]`` of each row's last document.
     """
     length = v.shape[1]
-    block = min(block, length)
+    block = _block_size(block, length)
     blocks = Blocks.of(layout, block, segmented)
     queries, keys, values = (_cut(tensor, block) for tensor in (q, k, v))
     if not causal and not segmented:
         carried, final = _outside(queries, keys, values, blocks, None, causal, lag=0)
-        return carried.flatten(1, 2)[:, :length], final
+        return _join(carried, length), final
     seen = (blocks.document[..., None] == blocks.document[:, :, None]) & blocks.real[:, :, None]
     if causal:
         seen = seen & (blocks.index[:, :, None] <= blocks.index[..., None])
     weights = _scores(queries, keys, (0,)).masked_fill(~seen, 0.0)
     out = _weighted(weights, values, (0,))
     carried, final = _outside(queries, keys, values, blocks, initial_kv, causal, lag=0)
-    return (out + carried).flatten(1, 2)[:, :length], final
+    return _join(out + carried, length), final
 
 
 def _outside(
@@ -180,22 +183,31 @@ def _from_earlier(
     mine = (document == last[..., None]) & real
     added = ((k * mine[..., None]).mT @ v).to(dtype)
     keep = (owner == last).to(dtype)[..., None, None].expand(v.shape[0], -1, -1, -1)
-    running = [first.squeeze(1)]
-    for block in range(v.shape[1]):
-        running.append(torch.addcmul(added[:, block], keep[:, block], running[-1]))
-    stacked = torch.stack([*running[:1] * lag, *running[: v.shape[1] - lag]], dim=1).to(v.dtype)
-    # Indexing by a list would copy it from the host, and wait for the device.
+    states, final = states_before(first.squeeze(1), added, keep, lag)
     owner = torch.cat([owner[:, :1].expand(-1, lag), owner[:, : v.shape[1] - lag]], dim=1)
     belongs = document == owner[..., None]
-    return (q * belongs[..., None]) @ stacked, running[-1]
+    return (q * belongs[..., None]) @ states.to(v.dtype), final
+
+
+def _block_size(most: int, length: int) -> int:
+    """``most``, or the whole sequence if it is shorter. No ``min``: graphs of torch.compile would calculate with it."""
+    return most if length > most else length
 
 
 def _cut(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
     """Cut axis 1 into blocks of ``size``, filling up the last one."""
-    missing = -tensor.shape[1] % size
+    blocks = -(-tensor.shape[1] // size)
+    missing = blocks * size - tensor.shape[1]
     if missing:
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=fill)
-    return tensor.unflatten(1, (-1, size))
+    return tensor.unflatten(1, (blocks, size))
+
+
+def _join(blocks: Tensor, length: int) -> Tensor:
+    """The ``length`` tokens that were cut into ``[b, n, c, e]``."""
+    tokens = blocks.flatten(1, 2)[:, :length]
+    # Inductor keeps such a slice for the backward without the gaps; torch then fits that to this one length.
+    return tokens.contiguous() if torch.compiler.is_compiling() else tokens
 
 
 def _shift(tensor: Tensor, offset: int) -> Tensor:

@@ -16,9 +16,7 @@ from torch import Tensor
 from flash_plugin.kernels.activations import attention_weights, gated
 from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.layout import default_scale, state_dtype
-
-# Rows of scores worked on at once.
-_PANEL = 512
+from flash_plugin.kernels.panels import row_panels
 
 
 @like_matrix_products
@@ -44,8 +42,7 @@ def cross_quadratic(
     dtype = state_dtype(v.dtype)
     keys, scale = k.to(dtype), default_scale("visible", q.shape[-1], k.shape[1])
     panels = []
-    for first in range(0, q.shape[1], _PANEL):
-        rows = slice(first, first + _PANEL)
+    for rows in row_panels(q.shape[1]):
         seen = visible if visible.shape[1] == 1 else visible[:, rows]
         weights = attention_weights((q[:, rows].to(dtype) @ keys.mT) * scale, seen, activation)
         if activation != "softmax":

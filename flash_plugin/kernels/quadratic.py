@@ -9,6 +9,7 @@ from torch import Tensor
 from flash_plugin.kernels.activations import attention_weights, gated
 from flash_plugin.kernels.autocast import like_matrix_products
 from flash_plugin.kernels.layout import Layout, default_scale, local_divisor, state_dtype
+from flash_plugin.kernels.panels import row_panels
 from flash_plugin.kernels.relative_bias import bias_between
 from flash_plugin.kernels.segments import Segments, unless_single
 from flash_plugin.kernels.validation import (
@@ -21,9 +22,6 @@ from flash_plugin.kernels.validation import (
     not_in_triton,
     use_triton,
 )
-
-# Rows of the score matrix worked on at once: a causal panel then never computes most of what it would mask.
-_PANEL = 512
 
 
 @like_matrix_products
@@ -101,13 +99,12 @@ def quadratic_attention(
     divisor = local_divisor(normalizer, activation, layout, causal, dtype)
 
     panels = []
-    for first in range(0, length, _PANEL):
-        rows = slice(first, min(first + _PANEL, length))
+    for rows in row_panels(length):
         end = rows.stop if causal else length
         scores = (wide_q[:, rows] @ wide_k[:, :end].mT) * scale
         queries, keys = layout.index[:, rows, None], layout.index[:, None, :end]
         if bias is not None:
-            scores = scores + bias_between(bias.to(dtype), first, rows.stop - first, end)
+            scores = scores + bias_between(bias.to(dtype), rows.start, rows.stop - rows.start, end)
         visible = layout.chunk_start[:, rows, None] == layout.chunk_start[:, None, :end]
         if causal:
             visible = visible & (keys <= queries)

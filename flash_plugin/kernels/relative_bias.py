@@ -25,4 +25,8 @@ def bias_between(bias: Tensor, first: int, queries: int, keys: int) -> Tensor:
     distance = torch.arange(first - keys + 1, first + queries, device=bias.device)
     along = bias.index_select(0, distance.clamp(-reach, reach) + reach)
     # Window i runs from distance first + i - (keys - 1), that of the last key, up to that of the first.
+    if torch.compiler.is_compiling():
+        # The number of keys would be a constant of unfold's; inductor makes no tensor of this index.
+        last = torch.arange(keys - 1, -1, -1, device=bias.device)
+        return along[torch.arange(queries, device=bias.device)[:, None] + last]
     return along.unfold(0, keys, 1).flip(1)
