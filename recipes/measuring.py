@@ -144,6 +144,7 @@ def surroundings(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "flash_plugin": flash_plugin.__version__,
         **{name: _version(name) for name in _PACKAGES},
+        "torch": torch.__version__,  # PyPI's metadata leaves out which build it is
         **{name: os.environ.get(name, "unset") for name in _VARIABLES},
         "command": f"python {' '.join(sys.argv)}",
     }
