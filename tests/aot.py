@@ -50,6 +50,7 @@ class Report:
         serialized: Why the assembler made the tensor cores wait for each instruction; empty if it did not.
         register_operands: Asynchronous products that read an operand from registers.
         turned_products: Products of which a transposed result goes into another product.
+        barriers: Barriers in the source.
     """
 
     kernel: str
@@ -65,6 +66,7 @@ class Report:
     serialized: str
     register_operands: int
     turned_products: int
+    barriers: int
 
 
 def compile_calls(capability: int, calls: Mapping[str, Callable[[], None]]) -> list[Report]:
@@ -157,6 +159,7 @@ def _read(kernel: Any, log: str) -> dict[str, Any]:
         "serialized": "; ".join(sorted(set(re.findall(r"instructions are serialized (?:due to )?(.*?) in ", log)))),
         "register_operands": len(re.findall(r"warp_group_dot .*: tensor<", layouts)),
         "turned_products": len(re.findall(r"tt\.trans .*: tensor<[^>]*#mma", layouts)),
+        "barriers": len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", source)),
     }
 
 

@@ -11,8 +11,8 @@ _ROWS = 512
 def row_panels(length: int) -> list[slice]:
     """Cut rows 0 to ``length`` into panels of 512, the last of which may have fewer.
 
-    A compiled graph has a fixed number of panels. There it is a power of two, as many as take about 512 rows at most,
-    and one graph serves all lengths that share it: five serve up to 8192 rows.
+    A compiled graph has a fixed number of panels. There it is a power of two, the least that leaves a panel about 512
+    rows or fewer, and one graph serves all lengths that share it: five serve up to 8192 rows.
     """
     if torch.compiler.is_compiling():
         panels = 1

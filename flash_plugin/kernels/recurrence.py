@@ -1,6 +1,6 @@
 """The states of documents at the edges of blocks, each made from the one before it.
 
-Compiled graphs have them in one operator: of a loop they would hold each step, and so fit one number of blocks.
+In a compiled graph this is one operator: a loop would be unrolled, and the graph would fit one number of blocks.
 
 Shape legend: ``b`` batch, ``n`` blocks, ``z`` query/key width, ``e`` value width.
 """
@@ -19,7 +19,8 @@ def states_before(first: Tensor, added: Tensor, keep: Tensor, lag: int) -> tuple
     Args:
         first: State before the first block, ``[b, z, e]``.
         added: What each block adds, ``[b, n, z, e]``.
-        keep: 1 where what was before the block goes on behind it, 0 where it does not, ``[b, n, 1, 1]``.
+        keep: 1 where what was before the block goes on behind it, 0 where it does not, ``[b, n, 1, 1]``. It takes no
+            gradient.
         lag: How many blocks before each one its state is asked for, at most n.
 
     Returns:
@@ -40,7 +41,7 @@ _operator = torch.library.custom_op("flash_plugin::states_before", _states, muta
 
 @_operator.register_fake
 def _(first: Tensor, added: Tensor, keep: Tensor, lag: int) -> tuple[Tensor, Tensor]:
-    return added.new_empty(added.shape), first.new_empty(first.shape)
+    return added.new_empty(added.shape), torch.addcmul(added[:, 0], keep[:, 0], first)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -26,7 +26,9 @@ def bias_between(bias: Tensor, first: int, queries: int, keys: int) -> Tensor:
     along = bias.index_select(0, distance.clamp(-reach, reach) + reach)
     # Window i runs from distance first + i - (keys - 1), that of the last key, up to that of the first.
     if torch.compiler.is_compiling():
-        # The number of keys would be a constant of unfold's; inductor makes no tensor of this index.
-        last = torch.arange(keys - 1, -1, -1, device=bias.device)
-        return along[torch.arange(queries, device=bias.device)[:, None] + last]
+        # The number of keys would be a constant of unfold's. Of repetitions that are read in rows of one number more,
+        # each row begins one number later.
+        size = queries + keys - 1
+        repeated = along.expand(queries + 1, size).flatten()[: queries * (size + 1)]
+        return repeated.unflatten(0, (queries, size + 1))[:, :keys].flip(1)
     return along.unfold(0, keys, 1).flip(1)

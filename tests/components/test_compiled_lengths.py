@@ -78,8 +78,23 @@ def step(model: nn.Module, length: int, given: dict[str, Tensor]) -> tuple[Tenso
 def test_two_graphs_serve_all_lengths(
     name: str, sizes: dict[str, Any], given: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, model = build(name, sizes), build(name, sizes)
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+    check_two_graphs(name, sizes, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flash_quad", "flash"])
+def test_two_graphs_of_inductor_serve_all_lengths_and_keep_no_index_of_pairs(name: str) -> None:
+    """Inductor lays tensors out anew, and may guard on what the others do not."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        check_two_graphs(name, CHUNKED if name == "flash" else OWN, documents)
+    assert not [x.shape for x in kept if x.dtype == torch.int64 and x.shape[-2:].numel() >= min(LENGTHS) ** 2]
+
+
+def check_two_graphs(name: str, sizes: dict[str, Any], given: Any) -> None:
+    """Of layers compiled as recipes compile them, and of plain ones with the same weights: results and graphs."""
+    plain, model = build(name, sizes), build(name, sizes)
     training.compile_model(model, verbose=False)
     for length in LENGTHS:
         expected, gradients = step(plain, length, given(length))

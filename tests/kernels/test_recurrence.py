@@ -45,6 +45,8 @@ def test_each_block_gets_the_sum_of_what_was_kept(lag: int) -> None:
 def test_the_operator_passes_opcheck_and_has_the_gradients_of_the_loop(lag: int) -> None:
     first, added = draw()
     torch.library.opcheck(_operator, (first, added, KEEP, lag))
+    turned = [x.mT.detach().requires_grad_() for x in (first, added)]
+    torch.library.opcheck(_operator, (*turned, KEEP, lag))
     assert torch.autograd.gradcheck(lambda *x: _operator(*x, KEEP, lag), (first, added))
     found = torch.autograd.grad([x.pow(3).sum() for x in compiled(first, added, lag)], [first, added])
     expected = torch.autograd.grad([x.pow(3).sum() for x in states_before(first, added, KEEP, lag)], [first, added])

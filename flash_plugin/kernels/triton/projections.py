@@ -88,7 +88,7 @@ def key_gradient_kernel(
         acc = tl.dot(tl.trans(gradient), queries, acc, input_precision=PRECISION)
     inside = (key_tile * TILE + tile < length)[:, None] & (column < Z)
     at = out_ptr + (batch * length + key_tile * TILE) * Z + tile[:, None] * Z + column
-    # As in query_gradient_kernel.
+    # A product stored as it is would wait as in query_gradient_kernel.
     tl.store(at, tl.where(inside, acc * scale, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
 
 

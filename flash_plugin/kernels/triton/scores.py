@@ -114,7 +114,8 @@ def scores_kernel(
         tl.store(slopes_ptr + at + square, slopes.to(slopes_ptr.dtype.element_ty))
     if DIRECT:
         # Linear pairs lie before the chunk of some row: a tile that has none is spared their product. They are written
-        # over what is there, since both parts together would not fit the registers; the barrier keeps their order.
+        # over what is there, since both parts together would not fit the registers. The two stores give an element to
+        # different threads: the barrier keeps their order.
         if key0 < tl.max(first, 0):
             tl.debug_barrier()
             y = _products(

@@ -104,6 +104,14 @@ def test_every_stated_fault_is_still_there(compiled):
         assert max(found, default=0) > 0, f"{stated} is no longer there; take it off the list"
 
 
+def test_linear_pairs_are_written_behind_a_barrier(compiled):
+    """Over what other threads wrote: Triton's interpreter runs in order and cannot miss it."""
+    for chip, reports in compiled.items():
+        direct = [r for r in reports if r.kernel == "scores_kernel" and "DIRECT=True" in r.constants]
+        assert direct, f"sm_{chip}"
+        assert all(report.barriers for report in direct), f"sm_{chip}"
+
+
 def test_every_call_is_compiled(compiled):
     """A call that launches nothing new must not stand in the list: it would only look like a check."""
     for chip, reports in compiled.items():
